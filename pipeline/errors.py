@@ -1,0 +1,70 @@
+"""The errors that a row, an attempt or a user can meet, and the table of row error codes.
+
+Knows nothing of where errors are stored or how often anything is tried again. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+CODES = MappingProxyType(
+    {
+        # input
+        "missing_image": "The row has no image although the job reads one.",
+        "missing_file": "The image's path does not exist or cannot be read.",
+        "bad_row": "The row's values have types that the job cannot use.",
+        "bad_messages": "The messages column does not hold OpenAI-style turns.",
+        "bad_prompt": "The prompt cannot be filled from the row's columns.",
+        "duplicate_id": "Another row of the shard already has this id.",
+        # images
+        "empty_image": "The image has no bytes.",
+        "not_an_image": "The bytes are no image of a supported format.",
+        "unsupported_format": "The image's format is known and not supported.",
+        "truncated_image": "The image ends before its last pixel.",
+        "corrupt_image": "The image cannot be decoded.",
+        "image_too_large": "The image has more pixels than input.max_pixels.",
+        "file_too_large": "The image has more bytes than input.max_bytes.",
+        "bad_aspect_ratio": "The image is longer than the model accepts for its width.",
+        "too_many_images": "The row has more images than input.max_images.",
+        "too_many_frames": "The image or video has more frames than allowed.",
+        "video_unreadable": "The video cannot be decoded.",
+        # remote images
+        "remote_disabled": "The image is a URL and input.remote is off.",
+        "remote_forbidden": "The URL leads to a private or local address.",
+        "remote_failed": "The URL cannot be read.",
+        "remote_timeout": "The URL did not answer in time.",
+        "remote_too_many_redirects": "The URL redirects more often than allowed.",
+        # prompts
+        "prompt_too_long": "The prompt and its answer do not fit the model's context.",
+        "unsupported_input": "The model does not take this kind of input.",
+        # generation
+        "out_of_memory": "The row does not fit the device's memory even alone.",
+        "numerical_error": "The model's output for this row is not a number.",
+        "schema_invalid": "The answer does not follow the prompt's schema.",
+        "engine_error": "The engine failed on this row.",
+        "worker_crash": "The row brought a worker down twice.",
+        "prepare_error": "The row could not be prepared; the message names the reason.",
+    }
+)
+
+
+class RowError(Exception):
+    """Ends one row: a code of `CODES` and a sentence for the person who reads the output."""
+
+    def __init__(self, code: str, message: str | None = None) -> None:
+        if code not in CODES:
+            raise ValueError(f"unknown row error code {code!r}")
+        super().__init__(code, message)
+        self.code = code
+        self.message = message or CODES[code]
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class EngineError(Exception):
+    """Ends the attempt: the device or the model is unusable, another attempt may succeed."""
+
+
+class UserError(Exception):
+    """The user's mistake: one sentence that says what is wrong and what to write instead."""

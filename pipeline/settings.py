@@ -1,0 +1,121 @@
+"""What the pipeline can be told: frozen settings with their defaults, once.
+
+`jobs/config.py` nests these in the job's config. Knows no run folder. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(Settings):
+    """Which checkpoint answers, and how it is loaded."""
+
+    id: str = Field(description="Hub id, local folder, or `demo`, the model that ships.")
+    revision: str = "main"
+    chat_template: str = Field("auto", description="`auto`, or a template's public name.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: Literal["none", "fp8"] = "none"
+    max_pixels: int | None = Field(None, ge=1, description="Pixels an image is resized to at most.")
+    min_pixels: int | None = Field(None, ge=1)
+
+
+class InputSettings(Settings):
+    """Where rows come from and which columns mean what."""
+
+    source: Literal["parquet", "hf", "webdataset", "openai", "folder"] = "parquet"
+    path: str | tuple[str, ...] = Field(description="Path, glob or fsspec address; dataset id for hf.")
+    name: str | None = Field(None, description="hf: the dataset's configuration.")
+    split: str = Field("train", description="hf: the split.")
+    revision: str | None = Field(None, description="hf: the dataset's revision.")
+    streaming: bool = Field(True, description="hf: read without a full download.")
+    id: str | None = Field(None, description="Id column; default is file and row number.")
+    image: str | None = Field("image", description="Image column; null for text-only rows.")
+    video: str | None = None
+    audio: str | None = None
+    keep: tuple[str, ...] = ()
+    messages: str | None = Field(None, description="Column of OpenAI-style turns.")
+    base_path: str | None = Field(None, description="Folder that relative image paths start from.")
+    limit: int | None = Field(None, ge=1, description="Read only the first rows.")
+    max_pixels: int = Field(100_000_000, ge=1, description="Pixels of a source image at most.")
+    max_bytes: int = Field(64 << 20, ge=1, description="Encoded bytes of an image at most.")
+    max_images: int = Field(64, ge=1, description="Images of one row at most.")
+    remote: bool = Field(False, description="Fetch http(s) image addresses.")
+    remote_timeout_sec: float = Field(20.0, gt=0)
+
+
+class PromptSettings(Settings):
+    """One prompt, answered in the column of its name."""
+
+    text: str
+    schema_: dict[str, Any] | str | None = Field(
+        None, alias="schema", description="JSON schema, or a path to one."
+    )
+    max_new_tokens: int | None = Field(None, ge=1)
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True
+    )
+
+
+class GenerationSettings(Settings):
+    """How answers are drawn; a key left out falls back to the checkpoint's generation_config."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    ignore_eos: bool = False
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class EngineSettings(Settings):
+    """How the device is used; nothing here changes an answer but `deterministic`."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    memory_fraction: float = Field(0.9, gt=0, le=1)
+    memory_limit_gb: float | None = Field(None, gt=0, description="Pretend the card has this much.")
+    decode_slots: int | Literal["auto"] = "auto"
+    prefill_tokens: int | Literal["auto"] = "auto"
+    workers: int | Literal["auto"] = Field("auto", description="Image decoding processes.")
+    max_context: int | None = Field(None, ge=1, description="Prompt and answer tokens at most.")
+    overlap: bool = Field(True, description="Prepare the next step while the device works.")
+    share_prefix: bool = True
+    share_images: bool = True
+    cuda_graphs: bool = True
+    deterministic: bool = Field(False, description="Same text whatever the batch, bitwise.")
+    threads: int | Literal["auto"] = Field("auto", description="CPU threads of the model.")
+
+
+class LabelSettings(Settings):
+    """Everything that a labeller needs; the part of a job's config that the pipeline knows."""
+
+    model: ModelSettings
+    input: InputSettings
+    prompts: dict[str, PromptSettings] = Field(default_factory=dict)
+    system: str | None = None
+    generation: GenerationSettings = Field(default_factory=GenerationSettings)  # type: ignore[arg-type]
+    engine: EngineSettings = Field(default_factory=EngineSettings)  # type: ignore[arg-type]
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _short_prompts(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: {"text": v} if isinstance(v, str) else v for k, v in value.items()}
+        return value
