@@ -1,0 +1,113 @@
+"""One try at one shard: its rows as they are read, its answers as they come, until it is whole.
+
+Knows the shard's journal; not how shards are found, and not how the table is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from pipeline.errors import RowError, UserError
+from pipeline.rows import Answer, Row, ShardWork
+
+
+class KeptRow(NamedTuple):
+    """What the output needs of a row beside its answers."""
+
+    row_id: str
+    columns: tuple[Any, ...]
+
+
+class Attempt:
+    """Collects a shard's kept rows and answers. Rows and answers may come from two threads."""
+
+    def __init__(
+        self,
+        shard: str,
+        num_rows: int,
+        prompts: Collection[str],
+        keep: Collection[str],
+        read: Callable[[], Iterable[Row]],
+        answers: dict[tuple[int, str], Answer],
+    ) -> None:
+        self.shard = shard
+        self.num_rows = num_rows
+        self.prompts = tuple(prompts)
+        self.keep = tuple(keep)
+        self.num_resumed = len(answers)
+        self._read = read
+        self._answers = dict(answers)
+        self._kept: list[KeptRow] = []
+        self._lock = threading.Lock()
+        self._missing = self._count_missing()
+
+    @property
+    def num_expected(self) -> int:
+        return self.num_rows * len(self.prompts)
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._answers) == self.num_expected
+
+    @property
+    def num_rows_done(self) -> int:
+        return self.num_rows - len(self._missing)
+
+    @property
+    def answers(self) -> dict[tuple[int, str], Answer]:
+        return self._answers
+
+    def work(self) -> ShardWork:
+        """What the labeller is asked for."""
+        return ShardWork(self.shard, self._rows(), frozenset(self._answers))
+
+    def receive(self, answer: Answer) -> tuple[bool, bool]:
+        """Take an answer; says whether it is new, and whether its row now has all answers."""
+        key = (answer.key.row, answer.key.prompt)
+        with self._lock:
+            if key in self._answers:
+                return False, False
+            self._answers[key] = answer
+            left = self._missing[answer.key.row] - 1
+            self._missing[answer.key.row] = left
+            if left == 0:
+                del self._missing[answer.key.row]
+            return True, left == 0
+
+    def kept_rows(self) -> list[KeptRow]:
+        """All rows, read again where the labeller did not need them."""
+        if len(self._kept) < self.num_rows:
+            for _ in self._rows():
+                pass
+        return self._kept
+
+    def row_failed(self, row: int) -> bool:
+        return any(self._answers[row, prompt].error_code for prompt in self.prompts)
+
+    def _count_missing(self) -> dict[int, int]:
+        missing = dict.fromkeys(range(self.num_rows), len(self.prompts))
+        for row, _ in self._answers:
+            missing[row] -= 1
+        return {row: left for row, left in missing.items() if left}
+
+    def _rows(self) -> Iterator[Row]:
+        kept: list[KeptRow] = []
+        seen: set[str] = set()
+        for row in self._read():
+            if row.row_id in seen and row.error is None:
+                error = RowError("duplicate_id", f"Another row of the shard has id {row.row_id!r}.")
+                row = dataclasses.replace(row, error=error)
+            seen.add(row.row_id)
+            kept.append(KeptRow(row.row_id, tuple(row.columns.get(name) for name in self.keep)))
+            if len(kept) == self.num_rows:
+                self._kept = kept
+            yield row
+        if len(kept) != self.num_rows:
+            raise UserError(
+                f"The input of {self.shard} gave {len(kept)} rows where the plan counted "
+                f"{self.num_rows}: the file was changed while the job ran. Put it back, or start "
+                "a new run folder."
+            )

@@ -1,0 +1,1 @@
+"""One file a subcommand; each holds one click command named `command`."""

@@ -1,0 +1,81 @@
+"""Self-attention inside runs of packed tokens (a vision tower's windows and images).
+
+Runs of one length are taken as one dense rectangle, so that the library's fastest dense kernel
+does the work and nothing is padded. Knows no window order and no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """Runs of one `length`: consecutive tokens from `start`, or those that `index` lists."""
+
+    length: int
+    count: int
+    start: int
+    index: Tensor | None  # int64 [count * length]; None when the runs stand together
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Rectangles that cover `num_tokens` packed tokens, each exactly once."""
+
+    rectangles: tuple[Rectangle, ...]
+    num_tokens: int
+
+
+def plan_attention(lengths: Sequence[int], device: torch.device | str = "cpu") -> AttentionPlan:
+    """Plan for packed runs of `lengths` tokens; made on the host, once a batch shape."""
+    starts: dict[int, list[int]] = {}
+    place = 0
+    for length in lengths:
+        if length:
+            starts.setdefault(length, []).append(place)
+        place += length
+    rectangles = []
+    for length, begins in starts.items():
+        together = begins == list(range(begins[0], begins[0] + length * len(begins), length))
+        index = None
+        if not together:
+            first = torch.tensor(begins)[:, None]
+            index = (first + torch.arange(length)).flatten().to(device, non_blocking=True)
+        rectangles.append(Rectangle(length, len(begins), begins[0], index))
+    return AttentionPlan(tuple(rectangles), place)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool = False
+) -> Tensor:
+    """`q` [T, Hq, D], `k`, `v` [T, Hk, D] -> [T, Hq, D]; tokens see their own run only."""
+    if len(plan.rectangles) == 1 and plan.rectangles[0].index is None:
+        return _dense(q, k, v, plan.rectangles[0], scale, causal).reshape(q.shape)
+    out = torch.empty_like(q)
+    for rectangle in plan.rectangles:
+        index, stop = rectangle.index, rectangle.start + rectangle.count * rectangle.length
+        if index is None:
+            part = slice(rectangle.start, stop)
+            dense = _dense(q[part], k[part], v[part], rectangle, scale, causal)
+            out[part] = dense.reshape(-1, *q.shape[1:])
+        else:
+            dense = _dense(q[index], k[index], v[index], rectangle, scale, causal)
+            out.index_copy_(0, index, dense.reshape(-1, *q.shape[1:]))
+    return out
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, scale: float, causal: bool
+) -> Tensor:
+    shape = (rectangle.count, rectangle.length)
+    q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (q, k, v))
+    out = functional.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)

@@ -1,0 +1,177 @@
+"""Attention of one new token a lane over the lane's keys and values, which lie in up to S segments
+of the cache (job prefix, group, own).
+
+Split over the length ("flash-decoding"): each program reads one chunk of one lane for one KV head
+and serves all its query heads; a second kernel joins the chunks. Source: Dao et al., "Flash-
+Decoding for long-context inference" (2023). Knows no sequence and no schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
+
+BLOCK_KV = 64
+
+
+@dataclass(slots=True)
+class DecodePlan:
+    """Where each lane's keys lie: `segments` [B, S, 2] int32 of (start, length).
+
+    The reference also keeps the gathered index and mask, made once a step for all layers.
+    """
+
+    segments: Tensor
+    num_splits: int = 1
+    index: Tensor | None = None  # int64 [B, Lmax]
+    mask: Tensor | None = None  # bool [B, 1, 1, Lmax]
+
+
+def plan_decode(segments: Tensor, max_length: int = 0, num_splits: int = 1) -> DecodePlan:
+    """`max_length` bounds a lane's total length; the reference needs it, the kernel does not."""
+    if use_triton(segments):
+        return DecodePlan(segments, num_splits)
+    lengths = segments[..., 1].long()
+    ends = lengths.cumsum(1)
+    place = torch.arange(max(1, max_length), device=segments.device).expand(len(segments), -1)
+    which = torch.searchsorted(ends, place.contiguous(), right=True).clamp_(max=ends.shape[1] - 1)
+    shift = segments[..., 0].long() - (ends - lengths)
+    mask = place < ends[:, -1:]
+    index = torch.where(mask, place + shift.gather(1, which), 0)
+    return DecodePlan(segments, 1, index, mask[:, None, None])
+
+
+def choose_splits(num_lanes: int, num_kv_heads: int, max_length: int, num_sms: int) -> int:
+    """Enough chunks to fill the device twice, none shorter than four blocks."""
+    wanted = -(-2 * num_sms // max(1, num_lanes * num_kv_heads))
+    return max(1, min(wanted, max_length // (4 * BLOCK_KV), 32))
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+    """`q` [B, Hq, D] over `k`, `v` [Hk, N, D] -> [B, Hq, D]. A lane without keys gives zeros."""
+    if plan.index is None:
+        return _decode_triton(q, k, v, plan, scale)
+    return decode_attention_reference(q, k, v, plan, scale)
+
+
+def decode_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float
+) -> Tensor:
+    assert plan.index is not None and plan.mask is not None
+    groups = q.shape[1] // k.shape[0]
+    keys = k[:, plan.index].transpose(0, 1)  # [B, Hk, L, D]
+    values = v[:, plan.index].transpose(0, 1)
+    # NOTE: the query heads of one KV head stand as rows, so that no key is repeated.
+    rows = q.view(len(q), k.shape[0], groups, q.shape[-1])
+    out = functional.scaled_dot_product_attention(rows, keys, values, plan.mask, scale=scale)
+    return torch.nan_to_num(out).reshape(q.shape) if not plan.mask.all() else out.reshape(q.shape)
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, seg_ptr, part_ptr, stat_ptr, head_stride, scale, num_splits,
+    HQ: tl.constexpr, HK: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    lane = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    GROUP: tl.constexpr = HQ // HK
+    total = 0
+    for s in tl.static_range(SEGMENTS):
+        total += tl.load(seg_ptr + (lane * SEGMENTS + s) * 2 + 1)
+    chunk = tl.cdiv(tl.cdiv(total, num_splits), BLOCK) * BLOCK
+    first = split * chunk
+    stop = tl.minimum(first + chunk, total)
+    row = tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK_D)
+    q_mask = (row[:, None] < GROUP) & (channel[None, :] < DIM)
+    q_offset = (lane * HQ + kv_head * GROUP + row[:, None]) * DIM + channel[None, :]
+    q = tl.load(q_ptr + q_offset, mask=q_mask, other=0.0)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    base_k = k_ptr + kv_head.to(tl.int64) * head_stride
+    base_v = v_ptr + kv_head.to(tl.int64) * head_stride
+    for start in range(first, stop, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        address = tl.zeros([BLOCK], tl.int64)
+        before = 0
+        for s in tl.static_range(SEGMENTS):
+            seg_start = tl.load(seg_ptr + (lane * SEGMENTS + s) * 2)
+            seg_length = tl.load(seg_ptr + (lane * SEGMENTS + s) * 2 + 1)
+            here = (place >= before) & (place < before + seg_length)
+            address = tl.where(here, (seg_start + place - before).to(tl.int64), address)
+            before += seg_length
+        valid = place < stop
+        kv_mask = valid[:, None] & (channel[None, :] < DIM)
+        offset = address[:, None] * DIM + channel[None, :]
+        keys = tl.load(base_k + offset, mask=kv_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * (scale * 1.4426950408889634)
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        peak = tl.maximum(best, tl.max(scores, 1))
+        weight = tl.exp2(scores - peak[:, None])
+        fade = tl.exp2(best - peak)
+        norm = norm * fade + tl.sum(weight, 1)
+        values = tl.load(base_v + offset, mask=kv_mask, other=0.0)
+        weight = weight.to(values.dtype)
+        acc = acc * fade[:, None] + tl.dot(weight, values, input_precision="ieee")
+        best = peak
+    # NOTE: rows past GROUP are padding; an empty chunk leaves norm 0 and best -inf.
+    out_row = (lane * HQ + kv_head * GROUP + row) * num_splits + split
+    safe = tl.where(norm > 0, norm, 1.0)
+    out = acc / safe[:, None]
+    part = part_ptr + out_row[:, None] * DIM + channel[None, :]
+    tl.store(part, out.to(part_ptr.dtype.element_ty), mask=q_mask)
+    if num_splits > 1:
+        weight_sum = tl.where(norm > 0, best + tl.log2(safe), float("-inf"))
+        tl.store(stat_ptr + out_row, weight_sum, mask=row < GROUP)
+
+
+@triton.jit
+def _join_kernel(
+    part_ptr, stat_ptr, out_ptr, num_splits,
+    DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    channel = tl.arange(0, BLOCK_D)
+    inside = split < num_splits
+    stat = tl.load(stat_ptr + row * num_splits + split, mask=inside, other=float("-inf"))
+    peak = tl.maximum(tl.max(stat, 0), -1e30)  # a lane without keys has no peak
+    weight = tl.exp2(stat - peak)
+    offset = (row * num_splits + split[:, None]) * DIM + channel[None, :]
+    mask = inside[:, None] & (channel[None, :] < DIM)
+    part = tl.load(part_ptr + offset, mask=mask, other=0.0)
+    total = tl.sum(weight, 0)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + row * DIM + channel, out.to(out_ptr.dtype.element_ty), mask=channel < DIM)
+
+
+def _decode_triton(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+    lanes, num_heads, dim = q.shape
+    num_kv_heads, splits = k.shape[0], plan.num_splits
+    out = torch.empty_like(q)
+    single = splits == 1
+    part = out if single else q.new_empty(lanes, num_heads, splits, dim, dtype=torch.float32)
+    stat = q.new_empty(lanes, num_heads, splits, dtype=torch.float32)
+    block_d = max(16, next_power_of_2(dim))
+    if lanes == 0:
+        return out
+    _decode_kernel[(lanes, num_kv_heads, splits)](
+        q.contiguous(), k, v, plan.segments, part, stat, k.stride(0), scale, splits,
+        HQ=num_heads, HK=num_kv_heads, DIM=dim, SEGMENTS=plan.segments.shape[1],
+        ROWS=max(16, next_power_of_2(num_heads // num_kv_heads)), BLOCK_D=block_d,
+        BLOCK=BLOCK_KV, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if not single:
+        _join_kernel[(lanes * num_heads,)](
+            part, stat, out, splits, DIM=dim, SPLITS=next_power_of_2(splits), BLOCK_D=block_d,
+            num_warps=2,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,107 @@
+"""Pillow's bicubic resize of 8-bit RGB, in its fixed-point arithmetic, on any device.
+
+Coefficients are those of Pillow's `Resample.c`: support 2 (times the shrink factor), a = -0.5,
+normalised in float64, rounded to 22 fractional bits; sums in integers, clipped to 8 bits after the
+horizontal and after the vertical pass. Knows no model.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.kernels.backend import tl, triton, use_triton
+
+PRECISION_BITS = 32 - 8 - 2
+
+
+@lru_cache(maxsize=4096)
+def coefficients(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """First source pixel [size_out] and integer weights [size_out, taps] of one axis."""
+    scale = size_in / size_out
+    stretch = max(scale, 1.0)
+    support = 2.0 * stretch
+    taps = int(np.ceil(support)) * 2 + 1
+    center = (np.arange(size_out) + 0.5) * scale
+    # NOTE: int() truncates toward zero in C as here; both ends are clamped afterwards.
+    first = np.maximum((center - support + 0.5).astype(np.int64), 0)
+    last = np.minimum((center + support + 0.5).astype(np.int64), size_in)
+    place = first[:, None] + np.arange(taps)
+    x = np.abs((place - center[:, None] + 0.5) * (1.0 / stretch))
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = -0.5 * (((x - 5.0) * x + 8.0) * x - 4.0)
+    weight = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+    weight = np.where(place < last[:, None], weight, 0.0)
+    weight /= weight.sum(1, keepdims=True)
+    fixed = np.trunc(weight * (1 << PRECISION_BITS) + np.copysign(0.5, weight)).astype(np.int64)
+    return first, fixed
+
+
+@lru_cache(maxsize=512)
+def _axis(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    first, fixed = coefficients(size_in, size_out)
+    index = np.minimum(first[:, None] + np.arange(fixed.shape[1]), size_in - 1)
+    return torch.from_numpy(index.astype(np.int32)).to(device), torch.from_numpy(fixed.astype(np.int32)).to(device)
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 [H, W, 3] -> uint8 [height, width, 3], equal to Pillow's `resize(…, BICUBIC)`."""
+    if image.shape[1] != width:
+        image = _pass(image, width, axis=1)
+    if image.shape[0] != height:
+        image = _pass(image, height, axis=0)
+    return image
+
+
+def _pass(image: Tensor, size_out: int, axis: int) -> Tensor:
+    index, weight = _axis(image.shape[axis], size_out, image.device)
+    if use_triton(image):
+        return _resize_axis_triton(image.contiguous(), index, weight, axis)
+    return resize_axis_reference(image, index, weight, axis)
+
+
+def resize_axis_reference(image: Tensor, index: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """One pass along `axis` (0 rows, 1 columns) with `index`, `weight` [out, taps]."""
+    shape = list(image.shape)
+    shape[axis] = len(index)
+    total = torch.full(shape, 1 << (PRECISION_BITS - 1), dtype=torch.int32, device=image.device)
+    spread = (-1, 1, 1) if axis == 0 else (1, -1, 1)
+    for tap in range(index.shape[1]):
+        total += image.index_select(axis, index[:, tap]).int() * weight[:, tap].view(spread)
+    return (total >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8)
+
+
+@triton.jit
+def _resize_axis_kernel(
+    in_ptr, index_ptr, weight_ptr, out_ptr, count, taps, inner, size_in, size_out, rounding,
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Source [outer, size_in, inner] -> [outer, size_out, inner]."""
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < count
+    lane = element % inner
+    place = (element // inner) % size_out
+    outer = element // (inner * size_out)
+    total = tl.zeros([BLOCK], tl.int32) + rounding
+    for tap in range(taps):
+        source = tl.load(index_ptr + place * taps + tap, mask=inside, other=0)
+        weight = tl.load(weight_ptr + place * taps + tap, mask=inside, other=0)
+        offset = (outer * size_in + source) * inner + lane
+        total += tl.load(in_ptr + offset, mask=inside, other=0).to(tl.int32) * weight
+    value = tl.minimum(tl.maximum(total >> SHIFT, 0), 255)
+    tl.store(out_ptr + element, value.to(tl.uint8), mask=inside)
+
+
+def _resize_axis_triton(image: Tensor, index: Tensor, weight: Tensor, axis: int) -> Tensor:
+    shape = list(image.shape)
+    size_in, inner = shape[axis], (shape[1] * shape[2] if axis == 0 else shape[2])
+    shape[axis] = len(index)
+    out = torch.empty(shape, dtype=torch.uint8, device=image.device)
+    _resize_axis_kernel[(triton.cdiv(out.numel(), 1024),)](
+        image, index, weight, out, out.numel(), index.shape[1], inner, size_in, len(index),
+        1 << (PRECISION_BITS - 1), SHIFT=PRECISION_BITS, BLOCK=1024,
+    )  # fmt: skip
+    return out

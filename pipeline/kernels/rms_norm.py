@@ -1,0 +1,71 @@
+"""RMS normalisation with the residual addition before it, in one pass over the row.
+
+Rounds as transformers' RMSNorm does: the sum in the input's type, the statistics in float32, the
+normalised value back in the input's type before the weight multiplies it. Source: Zhang and
+Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (normalised `x + residual`, `x + residual`), both shaped as `x` [..., H]."""
+    if use_triton(x):
+        return _rms_norm_triton(x, weight, eps, residual)
+    return rms_norm_reference(x, weight, eps, residual)
+
+
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight, total
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, x_stride, width, eps,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row * width + column, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * width + column, x, mask=inside)
+    wide = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / width + eps)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    normed = (wide * scale).to(x_ptr.dtype.element_ty).to(tl.float32)
+    y = normed * weight.to(tl.float32)
+    tl.store(y_ptr + row * width + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def _rms_norm_triton(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    width = x.shape[-1]
+    rows = x.reshape(-1, width)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty_like(y) if residual is not None else rows
+    block = next_power_of_2(width)
+    if len(rows):
+        _rms_norm_kernel[(len(rows),)](
+            rows, residual.contiguous() if residual is not None else rows, weight, y, total,
+            rows.stride(0), width, eps, HAS_RESIDUAL=residual is not None, BLOCK=block,
+            num_warps=4 if block <= 2048 else 8,
+        )  # fmt: skip
+    return y.view(x.shape), (total.view(x.shape) if residual is not None else x)

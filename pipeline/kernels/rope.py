@@ -1,0 +1,122 @@
+"""Rotary position embedding, NeoX half rotation: for vision heads, and for the decoder's queries
+and keys together with the write of keys and values into the cache.
+
+Angles come as float32 cosines and sines [T, R/2]; R <= D channels turn, the rest pass unchanged.
+Products are taken in float32 and rounded once. Source: Su et al., "RoFormer" (2021), section 3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `x` [T, H, D] by the angles [T, R/2] of each token."""
+    half = cos.shape[-1]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    return turned if 2 * half == x.shape[-1] else torch.cat([turned, x[..., 2 * half :]], -1)
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    places: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Rotate queries and keys of `qkv` [T, (Hq + 2 Hk) D]; return the queries [T, Hq, D].
+
+    Keys and values go to `k_cache`, `v_cache` [Hk, N, D] at `places` [T] (int64).
+    """
+    if use_triton(qkv):
+        return _rope_and_cache_triton(qkv, cos, sin, k_cache, v_cache, places, num_heads)
+    return rope_and_cache_reference(qkv, cos, sin, k_cache, v_cache, places, num_heads)
+
+
+def rope_and_cache_reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    places: Tensor,
+    num_heads: int,
+) -> Tensor:
+    num_kv_heads, _, head_dim = k_cache.shape
+    heads = qkv.view(len(qkv), -1, head_dim)
+    turned = rotate(heads[:, : num_heads + num_kv_heads], cos, sin)
+    k_cache[:, places] = turned[:, num_heads:].transpose(0, 1)
+    v_cache[:, places] = heads[:, num_heads + num_kv_heads :].transpose(0, 1)
+    return turned[:, :num_heads]
+
+
+@triton.jit
+def _rope_and_cache_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, places_ptr, head_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a token: [heads, HALF] tiles of both halves, then the channels that pass."""
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.load(places_ptr + token)
+    head = tl.arange(0, HEADS)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
+    base = qkv_ptr + token * (NUM_HEADS + 2 * NUM_KV) * DIM + head * DIM
+    is_q = head < NUM_HEADS
+    is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV)
+    q_out = q_ptr + (token * NUM_HEADS + head) * DIM
+    k_out = k_ptr + (head - NUM_HEADS).to(tl.int64) * head_stride + place * DIM
+    turning = (is_q | is_k) & (lane < HALF)
+    cos = tl.load(cos_ptr + token * HALF + lane, mask=lane < HALF, other=0.0)
+    sin = tl.load(sin_ptr + token * HALF + lane, mask=lane < HALF, other=0.0)
+    first = tl.load(base + lane, mask=turning, other=0.0).to(tl.float32)
+    second = tl.load(base + HALF + lane, mask=turning, other=0.0).to(tl.float32)
+    low = (first * cos - second * sin).to(q_ptr.dtype.element_ty)
+    high = (second * cos + first * sin).to(q_ptr.dtype.element_ty)
+    tl.store(q_out + lane, low, mask=turning & is_q)
+    tl.store(q_out + HALF + lane, high, mask=turning & is_q)
+    tl.store(k_out + lane, low, mask=turning & is_k)
+    tl.store(k_out + HALF + lane, high, mask=turning & is_k)
+    if DIM > 2 * HALF:
+        for start in tl.static_range(2 * HALF, DIM, BLOCK):
+            rest = start + lane
+            passing = (is_q | is_k) & (rest < DIM)
+            same = tl.load(base + rest, mask=passing, other=0.0)
+            tl.store(q_out + rest, same, mask=passing & is_q)
+            tl.store(k_out + rest, same, mask=passing & is_k)
+    is_v = (head >= NUM_HEADS + NUM_KV) & (head < NUM_HEADS + 2 * NUM_KV)
+    v_head = (head - NUM_HEADS - NUM_KV).to(tl.int64)
+    v_out = v_ptr + v_head * head_stride + place * DIM
+    for start in tl.static_range(0, DIM, BLOCK):
+        channel = start + lane
+        inside = is_v & (channel < DIM)
+        tl.store(v_out + channel, tl.load(base + channel, mask=inside, other=0.0), mask=inside)
+
+
+def _rope_and_cache_triton(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    places: Tensor,
+    num_heads: int,
+) -> Tensor:
+    num_kv_heads, _, dim = k_cache.shape
+    q = torch.empty(len(qkv), num_heads, dim, dtype=qkv.dtype, device=qkv.device)
+    if len(qkv):
+        half = cos.shape[-1]
+        _rope_and_cache_kernel[(len(qkv),)](
+            qkv, cos, sin, q, k_cache, v_cache, places, k_cache.stride(0),
+            NUM_HEADS=num_heads, NUM_KV=num_kv_heads, DIM=dim, HALF=half,
+            HEADS=next_power_of_2(num_heads + 2 * num_kv_heads),
+            BLOCK=max(16, next_power_of_2(half)), num_warps=4,
+        )  # fmt: skip
+    return q

@@ -1,0 +1,241 @@
+"""The decoder that all families share: one class, its differences told by `DecoderConfig`.
+
+Takes embedded tokens and positions and gives hidden states; attention over the KV cache is the
+caller's (`Attend`), so the same code runs prefill, decode and tests. Knows no cache, no batch and no
+family; issues no host synchronisation, so a CUDA graph can hold a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.models.layers import GatedMLP, Linear, RMSNorm, norm_heads
+from pipeline.models.loading import Weights
+from pipeline.models.rope import Rope, RopeConfig
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What tells one family's decoder from another's; widths in values, windows in tokens."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    eps: float
+    scale: float  # of query·key
+    rope: RopeConfig
+    local_rope: RopeConfig | None = None  # of layers with a window, where it differs
+    windows: tuple[int | None, ...] = ()  # each layer's sliding window; empty: none has one
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0  # 1.0: norms multiply by 1 + weight
+    post_norms: bool = False  # norms after attention and MLP too (Gemma)
+    act: str = "silu"
+    softcap: float | None = None  # of attention scores
+    logit_softcap: float | None = None
+    embed_scale: float | None = None
+    tied: bool = False
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+
+def common_config(text: Mapping[str, Any], rope: RopeConfig, **differences: Any) -> DecoderConfig:
+    """Read the keys that all text configs share; a family adds its `differences`."""
+    heads = text["num_attention_heads"]
+    head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    values: dict[str, Any] = {
+        "num_layers": text["num_hidden_layers"],
+        "hidden_size": text["hidden_size"],
+        "intermediate_size": text["intermediate_size"],
+        "num_heads": heads,
+        "num_kv_heads": text.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "vocab_size": text["vocab_size"],
+        "eps": text.get("rms_norm_eps", 1e-6),
+        "scale": head_dim**-0.5,
+        "act": text.get("hidden_act", "silu"),
+        "rope": rope,
+    }
+    return DecoderConfig(**(values | differences))
+
+
+class Attend(Protocol):
+    """Attention with a cache, the caller's. Rotates queries and keys, stores keys and values."""
+
+    def __call__(
+        self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, last: Tensor | None
+    ) -> Tensor:
+        """Return the heads' outputs [n, Hq * D]: of the rows `last`, or of all when it is None."""
+        ...
+
+
+@dataclass(slots=True)
+class DecoderLayer:
+    """One layer's weights; the two post norms are Gemma's."""
+
+    attention_norm: RMSNorm
+    qkv: Linear
+    out: Linear
+    mlp_norm: RMSNorm
+    mlp: GatedMLP
+    head_norm: Tensor | None = None  # [Hq + Hk, D]
+    post_attention_norm: RMSNorm | None = None
+    post_mlp_norm: RMSNorm | None = None
+
+
+def _take_head_norm(weights: Weights, name: str, c: DecoderConfig) -> Tensor:
+    """Return the norms of query and key heads as one weight, a row a head."""
+    dtype = torch.float32 if c.norm_offset else None
+    q = weights.take(f"{name}.q_norm.weight", (c.head_dim,), dtype) + c.norm_offset
+    k = weights.take(f"{name}.k_norm.weight", (c.head_dim,), dtype) + c.norm_offset
+    return torch.cat([q.expand(c.num_heads, -1), k.expand(c.num_kv_heads, -1)]).contiguous()
+
+
+def _take_layer(weights: Weights, name: str, c: DecoderConfig) -> DecoderLayer:
+    def norm(part: str) -> RMSNorm:
+        return RMSNorm.take(weights, f"{name}.{part}", c.hidden_size, c.eps, c.norm_offset)
+
+    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    attention = f"{name}.self_attn"
+    parts = [f"{attention}.{p}_proj" for p in "qkv"]
+    sizes = [q_size, kv_size, kv_size]
+    mlp_norm = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+    return DecoderLayer(
+        attention_norm=norm("input_layernorm"),
+        qkv=Linear.merged(weights, parts, sizes, c.hidden_size, c.qkv_bias),
+        out=Linear.take(weights, f"{attention}.o_proj", c.hidden_size, q_size, c.out_bias),
+        mlp_norm=norm(mlp_norm),
+        mlp=GatedMLP.take(
+            weights, f"{name}.mlp", c.hidden_size, c.intermediate_size, c.mlp_bias, c.act
+        ),
+        head_norm=_take_head_norm(weights, attention, c) if c.qk_norm else None,
+        post_attention_norm=norm("post_attention_layernorm") if c.post_norms else None,
+        post_mlp_norm=norm("post_feedforward_layernorm") if c.post_norms else None,
+    )
+
+
+class Decoder:
+    """Embedded tokens to hidden states to logits."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layers: list[DecoderLayer],
+        norm: RMSNorm,
+        head: Linear,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.layers = layers
+        self.norm = norm
+        self.head = head
+        self.rope = Rope(config.rope, device)
+        self.local_rope = Rope(config.local_rope, device) if config.local_rope else None
+
+    @classmethod
+    def take(
+        cls, weights: Weights, config: DecoderConfig, embedding: Tensor, name: str = "model"
+    ) -> Decoder:
+        """Take `<name>.layers.N`, `<name>.norm` and `lm_head`, or `embedding` for a tied head."""
+        layers = [
+            _take_layer(weights, f"{name}.layers.{i}", config) for i in range(config.num_layers)
+        ]
+        norm = RMSNorm.take(
+            weights, f"{name}.norm", config.hidden_size, config.eps, config.norm_offset
+        )
+        if config.tied:
+            head = Linear(embedding)
+            weights.drop("lm_head.weight")
+        else:
+            head = Linear.take(
+                weights, "lm_head", config.vocab_size, config.hidden_size, bias=False
+            )
+        return cls(config, layers, norm, head, weights.device)
+
+    def __call__(
+        self, x: Tensor, positions: Tensor, attend: Attend, last: Tensor | None = None
+    ) -> Tensor:
+        """Return hidden states [n, H] after the final norm, of the rows `last` or of all.
+
+        `x` is [T, H], or [T, (1 + k) H] from `Model.embed`: then the k further parts are added
+        after the first k layers (Qwen3-VL's deepstack). `positions` is int [axes, T].
+        """
+        size = self.config.hidden_size
+        deep = x[:, size:].split(size, dim=1) if x.shape[1] > size else ()
+        normed, x = self.layers[0].attention_norm(x[:, :size] if deep else x)
+        angles = self._angles(positions)
+        for index in range(len(self.layers)):
+            rows = last if index == len(self.layers) - 1 else None
+            normed, x = self._layer(index, normed, x, attend, angles, rows, deep)
+        return normed
+
+    def _angles(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return each layer's cosines and sines; layers of a kind share them."""
+        wide = self.rope(positions)
+        if self.local_rope is None:
+            return [wide] * len(self.layers)
+        near = self.local_rope(positions)
+        c = self.config
+        return [near if c.window(i) is not None else wide for i in range(c.num_layers)]
+
+    def _layer(
+        self,
+        index: int,
+        normed: Tensor,
+        x: Tensor,
+        attend: Attend,
+        angles: list[tuple[Tensor, Tensor]],
+        last: Tensor | None,
+        deep: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the input of the next layer, normed by that layer's norm, and unnormed."""
+        layer = self.layers[index]
+        attended = attend(index, self._qkv(layer, normed), *angles[index], last)
+        if last is not None:
+            x = x.index_select(0, last)
+        out = layer.out(attended)
+        if layer.post_attention_norm is not None:
+            out = layer.post_attention_norm(out)[0]
+        normed, x = layer.mlp_norm(out, x)
+        out = layer.mlp(normed)
+        if layer.post_mlp_norm is not None:
+            out = layer.post_mlp_norm(out)[0]
+        if index < len(deep):
+            # NOTE: after the sum, as the reference rounds.
+            x = x + out
+            out = deep[index] if last is None else deep[index].index_select(0, last)
+        end = index + 1 == len(self.layers)
+        following = self.norm if end else self.layers[index + 1].attention_norm
+        return following(out, x)
+
+    def _qkv(self, layer: DecoderLayer, normed: Tensor) -> Tensor:
+        qkv = layer.qkv(normed)
+        if layer.head_norm is not None:
+            heads = qkv.view(len(qkv), -1, self.config.head_dim)[:, : len(layer.head_norm)]
+            heads.copy_(norm_heads(heads, layer.head_norm, self.config.eps))
+        return qkv
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits [n, V]."""
+        logits = self.head(hidden).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def embed_tokens(table: Tensor, tokens: Tensor, scale: float | None) -> Tensor:
+    """Look tokens up; a scale is rounded to the table's type first, as Gemma's."""
+    x = F.embedding(tokens, table)
+    return x if scale is None else x * torch.tensor(scale, dtype=x.dtype).item()

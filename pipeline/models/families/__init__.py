@@ -1,0 +1,1 @@
+"""One folder a family: `spec.py` without torch, `model.py` with it."""

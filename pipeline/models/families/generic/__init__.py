@@ -1,0 +1,1 @@
+"""Any other image-text-to-text model that transformers knows."""

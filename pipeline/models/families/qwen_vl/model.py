@@ -1,0 +1,166 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL on a device: their tensor names, tower and decoder settings.
+
+The torch half of the family; `spec.py` beside it is the other. Knows no chat template and no token
+but the image's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.kernels.patchify import patchify
+from pipeline.kernels.resize import resize
+from pipeline.models.base import Model
+from pipeline.models.decoder import Decoder, DecoderConfig, common_config
+from pipeline.models.loading import Weights
+from pipeline.models.rope import rope_config
+from pipeline.models.vision.qwen import QwenTower, TowerConfig
+from pipeline.rows import ImageLayout
+
+if TYPE_CHECKING:
+    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.models.family import Family
+
+# The newer layout (Qwen3-VL, and whatever transformers 5 saves) to the hub's of Qwen2-VL.
+RENAME = (
+    (r"^model\.visual\.", "visual."),
+    (r"^model\.language_model\.", "model."),
+    (r"^language_model\.model\.", "model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _qwen2_tower(v: Mapping[str, Any]) -> dict[str, Any]:
+    size = v.get("embed_dim", 1280)
+    return {
+        "size": size,
+        "inner": int(size * v.get("mlp_ratio", 4)),
+        "out": v.get("hidden_size", 3584),
+        "act": v.get("hidden_act", "quick_gelu"),
+    }
+
+
+def _qwen2_5_tower(v: Mapping[str, Any]) -> dict[str, Any]:
+    patch, merge = v.get("patch_size", 14), v.get("spatial_merge_size", 2)
+    return {
+        "size": v["hidden_size"],
+        "inner": v.get("intermediate_size", 3420),
+        "out": v.get("out_hidden_size", 3584),
+        "act": v.get("hidden_act", "silu"),
+        "gated": True,
+        "window": v.get("window_size", 112) // merge // patch,
+        "full_blocks": frozenset(v.get("fullatt_block_indexes", (7, 15, 23, 31))),
+    }
+
+
+def _qwen3_tower(v: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "size": v["hidden_size"],
+        "inner": v.get("intermediate_size", 4304),
+        "out": v.get("out_hidden_size", 3584),
+        "act": v.get("hidden_act", "gelu_pytorch_tanh"),
+        "table_side": int(v.get("num_position_embeddings", 2304) ** 0.5),
+        "deepstack": tuple(v.get("deepstack_visual_indexes", (8, 16, 24))),
+        "linear_names": ("linear_fc1", "linear_fc2"),
+        "merger_names": ("norm", "linear_fc1", "linear_fc2"),
+    }
+
+
+# model_type -> tower, and the depth and patch size that its config may leave out
+_TOWERS = {
+    "qwen2_vl": (_qwen2_tower, 32, 14),
+    "qwen2_5_vl": (_qwen2_5_tower, 32, 14),
+    "qwen3_vl": (_qwen3_tower, 27, 16),
+}
+
+
+def tower_config(config: Mapping[str, Any]) -> TowerConfig:
+    """Read the tower's settings from a checkpoint's config."""
+    kind = config["model_type"]
+    if kind not in _TOWERS:
+        raise UserError(f"The model type {kind!r} is no Qwen-VL; known: {', '.join(_TOWERS)}.")
+    read, depth, patch = _TOWERS[kind]
+    v = config["vision_config"]
+    return TowerConfig(
+        depth=v.get("depth", depth),
+        heads=v.get("num_heads", 16),
+        patch=v.get("patch_size", v.get("spatial_patch_size", patch)),
+        temporal=v.get("temporal_patch_size", 2),
+        merge=v.get("spatial_merge_size", 2),
+        channels=v.get("in_channels", v.get("in_chans", 3)),
+        **read(v),
+    )
+
+
+def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """Read the decoder's settings from a checkpoint's config, flat or nested."""
+    text = config.get("text_config") or config
+    third = config["model_type"] == "qwen3_vl"
+    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    rope = rope_config(text, head_dim, default_theta=5e5 if third else 1e6)
+    tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+    differences: dict[str, Any] = {"tied": bool(tied)}
+    if third:
+        differences |= {"qk_norm": True, "qkv_bias": bool(text.get("attention_bias", False))}
+        differences["out_bias"] = differences["qkv_bias"]
+    else:
+        differences |= {"qkv_bias": True, "windows": _windows(text)}
+        differences["eps"] = text.get("rms_norm_eps", 1e-5)
+    return common_config(text, rope, **differences)
+
+
+def _windows(text: Mapping[str, Any]) -> tuple[int | None, ...]:
+    size = text.get("sliding_window") if text.get("use_sliding_window") else None
+    if size is None:
+        return ()
+    first = text.get("max_window_layers", 80)
+    return tuple(size if i >= first else None for i in range(text["num_hidden_layers"]))
+
+
+class QwenVL(Model):
+    """A Qwen-VL checkpoint on one device."""
+
+    def __init__(
+        self, family: Family, decoder: Decoder, embedding: Tensor, tower: QwenTower,
+        mean: tuple[float, ...], std: tuple[float, ...],
+    ) -> None:  # fmt: skip
+        super().__init__(family, decoder, embedding)
+        self.tower = tower
+        self.mean = mean
+        self.std = std
+
+    @property
+    def feature_size(self) -> int:
+        return self.decoder.config.hidden_size * (1 + len(self.tower.config.deepstack))
+
+    def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:
+        c = self.tower.config
+        sized = [
+            resize(image, layout.height, layout.width)
+            for image, layout in zip(images, layouts, strict=True)
+        ]
+        patches = patchify(sized, c.patch, c.merge, c.temporal, self.mean, self.std, self.dtype)
+        return self.tower(patches, [layout.grid for layout in layouts])
+
+
+def build(checkpoint: Checkpoint, family: Family, weights: Weights) -> QwenVL:
+    """Take the model's tensors from `weights`."""
+    config = decoder_config(checkpoint.config)
+    embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    decoder = Decoder.take(weights, config, embedding)
+    tower = QwenTower(weights, tower_config(checkpoint.config))
+    if tower.config.out != config.hidden_size:
+        raise UserError(
+            f"The image tower gives {tower.config.out} values a token, "
+            f"the decoder takes {config.hidden_size}."
+        )
+    processor = checkpoint.preprocessor_config
+    mean, std = processor.get("image_mean", CLIP_MEAN), processor.get("image_std", CLIP_STD)
+    return QwenVL(family, decoder, embedding, tower, tuple(mean), tuple(std))

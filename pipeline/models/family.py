@@ -1,0 +1,132 @@
+"""What the pipeline needs of a model family without its weights: template, layout, positions.
+
+A family's `spec.py` implements `Family`; its `model.py` (torch) stands beside it. Knows no row
+and no engine. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.rows import ImageLayout, PlacedImage, Turn
+from pipeline.templates.render import Control, Piece, Template, render
+
+if TYPE_CHECKING:
+    from pipeline.tokenizer import Tokenizer
+
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+GREEDY_BELOW = 1e-5  # a checkpoint's temperature of 1e-6 means greedy
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """What the cost estimate needs to know of the weights; zero where unknown."""
+
+    num_layers: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    num_heads: int = 0
+    decoder_params: int = 0  # without embeddings
+    embedding_params: int = 0  # input and output together
+    vision_params: int = 0
+    patches_per_token: int = 4
+    vision_attention_width: int = 0  # hidden size of the tower, for its attention's work
+
+    @property
+    def num_params(self) -> int:
+        return self.decoder_params + self.embedding_params + self.vision_params
+
+    @property
+    def kv_values_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+class Family(ABC):
+    """One family's prompt, image layout and positions, for one checkpoint."""
+
+    name: str
+    templates: tuple[str, ...]
+    fused: bool = True  # runs on our own engine
+    takes: frozenset[str] = frozenset({"image"})
+    num_axes: int = 1
+    image_token_id: int | None = None
+    context_length: int
+    eos_token_ids: tuple[int, ...] = ()
+    default_sampling: Mapping[str, Any]
+    template: Template
+    sizes: ModelSizes = ModelSizes()
+
+    @property
+    def control(self) -> tuple[str, ...]:
+        """Tokens that user text must never become."""
+        return self.template.control
+
+    @abstractmethod
+    def layout(self, width: int, height: int) -> ImageLayout:
+        """What the family makes of an image. Raises RowError bad_aspect_ratio."""
+
+    def render(self, turns: Sequence[Turn]) -> tuple[Piece, ...]:
+        """The prompt's pieces: texts, control tokens and image numbers, up to the answer."""
+        return render(self.template, turns)
+
+    def image_tokens(self, layout: ImageLayout) -> np.ndarray:
+        """Ids of one image's block, `layout.num_tokens` of them."""
+        return np.full(layout.num_tokens, self.image_token_id, np.int32)
+
+    def tokenize(
+        self, turns: Sequence[Turn], layouts: Sequence[ImageLayout], tokenizer: Tokenizer
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Token ids with images expanded, and where each image's block starts."""
+        chunks: list[np.ndarray] = []
+        starts: list[int] = []
+        length = 0
+        for piece in self.render(turns):
+            if isinstance(piece, int):
+                starts.append(length)
+                chunk = self.image_tokens(layouts[piece])
+            else:
+                chunk = tokenizer.ids(piece, special=isinstance(piece, Control))
+            chunks.append(chunk)
+            length += len(chunk)
+        return np.concatenate(chunks) if chunks else np.zeros(0, np.int32), tuple(starts)
+
+    def positions(
+        self, tokens: np.ndarray, images: Sequence[PlacedImage]
+    ) -> tuple[np.ndarray, int]:
+        """Positions `[axes, T]` of the prompt, and the first generated token's position."""
+        return np.arange(len(tokens), dtype=np.int32)[None], len(tokens)
+
+
+def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation_config.json says about drawing tokens; greedy unless it samples."""
+    known = {key: generation_config.get(key) for key in _SAMPLING_KEYS}
+    sampling = {key: value for key, value in known.items() if value is not None}
+    if not generation_config.get("do_sample", False):
+        kept = sampling.get("repetition_penalty")
+        return {"temperature": 0.0} | ({"repetition_penalty": kept} if kept else {})
+    sampling.setdefault("temperature", 1.0)
+    if sampling["temperature"] < GREEDY_BELOW or sampling.get("top_k") == 1:
+        sampling["temperature"] = 0.0
+    return sampling
+
+
+def end_tokens(checkpoint: Checkpoint, config: Mapping[str, Any], template: Template) -> tuple[int, ...]:
+    """Ids that end an answer: the generation_config's, else the config's and the template's."""
+    ids = _as_ids(checkpoint.generation_config.get("eos_token_id"))
+    if ids:
+        return ids
+    known = [checkpoint.token_id(token) for token in template.stop]
+    named = [i for i in known if i is not None]
+    return tuple(dict.fromkeys([*_as_ids(config.get("eos_token_id")), *named]))
+
+
+def _as_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (int(value),)

@@ -1,0 +1,104 @@
+"""The index tables of one batch of images for Qwen's towers: made on the host, kept on the device.
+
+A batch's patches may stand in window order: windows of one size side by side over all its images, so
+that window attention is a few dense rectangles. Knows no weights.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.kernels.attention import AttentionPlan, plan_attention
+from pipeline.models.vision.grids import Grid, interpolation, patch_positions, window_units
+
+KEPT_PLANS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TowerPlan:
+    """Where patches stand and whom they attend to. `order` is None without windows."""
+
+    positions: Tensor  # int32 [2, N] row and column, in the order of the tower
+    images: AttentionPlan  # of patches in image order
+    windows: AttentionPlan | None = None  # of patches in window order
+    order: Tensor | None = None  # int64 [units] image order -> window order
+    inverse: Tensor | None = None
+    taps: Tensor | None = None  # int64 [N, 4] into the learned position table
+    tap_weights: Tensor | None = None  # float32 [N, 4]
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy a table to the device without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Planner:
+    """Makes plans for batches of grids and keeps the latest."""
+
+    def __init__(
+        self, merge: int, device: torch.device, window: int = 0, table_side: int = 0
+    ) -> None:
+        self.merge = merge
+        self.device = device
+        self.window = window  # side of a window in units; 0: full attention everywhere
+        self.table_side = table_side  # of the learned position table; 0: there is none
+        self._plans: OrderedDict[tuple[Grid, ...], TowerPlan] = OrderedDict()
+
+    def plan(self, grids: Sequence[Grid]) -> TowerPlan:
+        key = tuple(grids)
+        if key in self._plans:
+            self._plans.move_to_end(key)
+            return self._plans[key]
+        plan = self._plans[key] = self._make(key)
+        if len(self._plans) > KEPT_PLANS:
+            self._plans.popitem(last=False)
+        return plan
+
+    def _make(self, grids: tuple[Grid, ...]) -> TowerPlan:
+        positions = np.concatenate([patch_positions(g, self.merge) for g in grids], 1)
+        # Frames of a video are images of their own.
+        lengths = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
+        images = plan_attention(lengths, self.device)
+        if self.window:
+            return self._windowed(grids, positions, images)
+        taps = weights = None
+        if self.table_side:
+            parts = [interpolation(g, self.merge, self.table_side) for g in grids]
+            taps = upload(np.concatenate([p[0] for p in parts]).astype(np.int64), self.device)
+            weights = upload(np.concatenate([p[1] for p in parts]), self.device)
+        return TowerPlan(upload(positions, self.device), images, taps=taps, tap_weights=weights)
+
+    def _windowed(
+        self, grids: tuple[Grid, ...], positions: np.ndarray, images: AttentionPlan
+    ) -> TowerPlan:
+        unit = self.merge**2
+        parts = [window_units(g, self.merge, self.window) for g in grids]
+        counts = np.array([len(order) for order, _ in parts])
+        starts = np.repeat(np.cumsum(counts) - counts, counts)
+        sizes = np.concatenate([size for _, size in parts])
+        # A stable sort keeps each window together: its units are neighbours of one size.
+        by_size = np.argsort(-sizes, kind="stable")
+        order = (np.concatenate([order for order, _ in parts]) + starts)[by_size]
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        values, repeats = np.unique(-sizes, return_counts=True)
+        lengths = [
+            int(-v) * unit for v, n in zip(values, repeats, strict=True) for _ in range(n // -v)
+        ]
+        placed = positions.reshape(2, -1, unit)[:, order].reshape(2, -1)
+        return TowerPlan(
+            upload(placed, self.device),
+            images,
+            plan_attention(lengths, self.device),
+            upload(order, self.device),
+            upload(inverse, self.device),
+        )

@@ -1,0 +1,213 @@
+"""A row becomes requests: images stored and measured, prompts filled, tokens and positions.
+
+Image bytes go to the spool; only their headers are read here. A row that cannot be prepared
+becomes failed answers. Knows no batch and no device. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipeline.errors import RowError, UserError
+from pipeline.models.family import GREEDY_BELOW, Family
+from pipeline.prompts import PromptText, message_turns, prompt_turns
+from pipeline.rows import (
+    Answer,
+    EncodedImage,
+    ImageLayout,
+    ImageRef,
+    PlacedImage,
+    Request,
+    RequestKey,
+    Row,
+    SamplingParams,
+    Turn,
+)
+from pipeline.settings import GenerationSettings, LabelSettings, PromptSettings
+from pipeline.tokenizer import Tokenizer
+
+MESSAGES_PROMPT = "answer"  # the prompt's name where the rows bring messages
+
+
+class ImageStore(Protocol):
+    """Where encoded images wait: `pipeline.spool.Spool`, or `Unstored` for estimates."""
+
+    def add(self, shard: str, data: bytes) -> tuple[bytes, str, int, int]:
+        """Keep `data`; returns digest, path, offset and length."""
+
+
+class Unstored:
+    """Keeps nothing: for estimates, which need digests only."""
+
+    def add(self, shard: str, data: bytes) -> tuple[bytes, str, int, int]:
+        return hashlib.blake2b(data, digest_size=16).digest(), "", 0, len(data)
+
+
+class Preparer:
+    """Turns rows into requests for one family and one set of prompts."""
+
+    def __init__(
+        self, settings: LabelSettings, family: Family, tokenizer: Tokenizer, store: ImageStore
+    ) -> None:
+        self._settings = settings
+        self._family = family
+        self._tokenizer = tokenizer
+        self._store = store
+        self._messages = settings.input.messages is not None
+        self._texts = {name: PromptText(name, p.text) for name, p in settings.prompts.items()}
+        self._schemas = {name: schema_text(name, p) for name, p in settings.prompts.items()}
+        self._sampling = {
+            name: sampling_params(family, settings.generation, settings.prompts.get(name))
+            for name in self.prompt_names
+        }
+        self._context = min(
+            family.context_length, settings.engine.max_context or family.context_length
+        )
+        tokenizer.protect(family.control)
+
+    @property
+    def prompt_names(self) -> tuple[str, ...]:
+        return (MESSAGES_PROMPT,) if self._messages else tuple(self._texts)
+
+    def prepare(
+        self, shard: str, row: Row, done: Collection[tuple[int, str]] = frozenset()
+    ) -> Iterator[Request | Answer]:
+        """Yield one request or failed answer for each of the row's prompts that is not done."""
+        wanted = [name for name in self.prompt_names if (row.index, name) not in done]
+        if not wanted:
+            return
+        try:
+            requests = self._row_requests(shard, row, wanted)
+        except RowError as error:
+            requests = [Answer.failed(RequestKey(shard, row.index, n), error) for n in wanted]
+        except (ValueError, TypeError, OverflowError) as error:
+            failure = RowError("prepare_error", f"{type(error).__name__}: {error}")
+            requests = [Answer.failed(RequestKey(shard, row.index, n), failure) for n in wanted]
+        yield from requests
+
+    def _row_requests(
+        self, shard: str, row: Row, wanted: Sequence[str]
+    ) -> list[Request | Answer]:
+        if row.error is not None:
+            raise row.error
+        if self._messages:
+            turns, refs = message_turns(row, self._settings.system)
+            images = self._images(shard, refs)
+            return [self._request(RequestKey(shard, row.index, wanted[0]), row, turns, images)]
+        if self._settings.input.image is not None and not row.images:
+            raise RowError("missing_image")
+        images = self._images(shard, row.images)
+        return [self._prompt_request(shard, row, name, images) for name in wanted]
+
+    def _prompt_request(
+        self, shard: str, row: Row, name: str, images: Sequence[tuple[EncodedImage, ImageLayout]]
+    ) -> Request | Answer:
+        key = RequestKey(shard, row.index, name)
+        try:
+            text = self._texts[name].fill(row.columns)
+            turns = prompt_turns(text, len(images), self._settings.system)
+            return self._request(key, row, turns, images)
+        except RowError as error:
+            return Answer.failed(key, error)
+
+    def _images(
+        self, shard: str, refs: Sequence[ImageRef]
+    ) -> list[tuple[EncodedImage, ImageLayout]]:
+        limit = self._settings.input.max_images
+        if len(refs) > limit:
+            raise RowError("too_many_images", f"The row has {len(refs)} images, more than {limit}.")
+        if refs and "image" not in self._family.takes:
+            raise RowError("unsupported_input", "The model takes no images.")
+        return [self._image(shard, ref) for ref in refs]
+
+    def _image(self, shard: str, ref: ImageRef) -> tuple[EncodedImage, ImageLayout]:
+        from pipeline import images
+
+        data = images.load(ref, self._settings.input)
+        width, height = images.probe(data, self._settings.input.max_pixels)
+        layout = self._family.layout(width, height)
+        digest, path, offset, num_bytes = self._store.add(shard, data)
+        return EncodedImage(digest, width, height, path, offset, num_bytes), layout
+
+    def _request(
+        self,
+        key: RequestKey,
+        row: Row,
+        turns: Sequence[Turn],
+        images: Sequence[tuple[EncodedImage, ImageLayout]],
+    ) -> Request:
+        layouts = [layout for _, layout in images]
+        tokens, starts = self._family.tokenize(turns, layouts, self._tokenizer)
+        placed = tuple(
+            PlacedImage(image, layout, start)
+            for (image, layout), start in zip(images, starts, strict=True)
+        )
+        sampling = self._sampling[key.prompt]
+        self._check_length(tokens, sampling)
+        positions, following = self._family.positions(tokens, placed)
+        return Request(
+            key=key,
+            tokens=tokens,
+            images=placed,
+            positions=positions,
+            next_position=following,
+            sampling=_seeded(sampling, row.row_id, key.prompt),
+            schema=self._schemas.get(key.prompt),
+        )
+
+    def _check_length(self, tokens: np.ndarray, sampling: SamplingParams) -> None:
+        needed = len(tokens) + sampling.max_new_tokens
+        if needed > self._context:
+            raise RowError(
+                "prompt_too_long",
+                f"The prompt's {len(tokens)} tokens and {sampling.max_new_tokens} for the answer"
+                f" exceed the context of {self._context}.",
+            )
+
+
+def sampling_params(
+    family: Family, generation: GenerationSettings, prompt: PromptSettings | None = None
+) -> SamplingParams:
+    """The checkpoint's defaults, then the job's settings, then the prompt's own limit."""
+    chosen: dict[str, Any] = dict(family.default_sampling)
+    chosen.update(generation.model_dump(exclude_none=True))
+    if prompt is not None and prompt.max_new_tokens is not None:
+        chosen["max_new_tokens"] = prompt.max_new_tokens
+    if chosen.get("temperature", 0.0) < GREEDY_BELOW:
+        chosen["temperature"] = 0.0
+    return SamplingParams(**chosen)
+
+
+def schema_text(name: str, prompt: PromptSettings) -> str | None:
+    """The prompt's JSON schema as compact text, its keys in their order; a path is read here."""
+    schema = prompt.schema_
+    if schema is None:
+        return None
+    if isinstance(schema, str):
+        schema = _read_schema(name, schema)
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+
+
+def _read_schema(name: str, source: str) -> Any:
+    try:
+        text = source if source.lstrip().startswith("{") else Path(source).read_text("utf-8")
+        schema = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"prompt {name!r}: schema {source!r} cannot be read: {error}") from error
+    if not isinstance(schema, dict):
+        raise UserError(f"prompt {name!r}: schema {source!r} is no JSON object")
+    return schema
+
+
+def _seeded(sampling: SamplingParams, row_id: str, prompt: str) -> SamplingParams:
+    from dataclasses import replace
+
+    named = f"{sampling.seed}\0{row_id}\0{prompt}".encode("utf-8", "surrogatepass")
+    seed = int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little") >> 1
+    return replace(sampling, seed=seed)

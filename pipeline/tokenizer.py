@@ -1,0 +1,84 @@
+"""Text to token ids and back, by the checkpoint's tokenizer.json.
+
+Text of a row is encoded without special tokens: `<|im_end|>` in it becomes ordinary tokens.
+Knows no template and no family. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from pipeline.errors import UserError
+from pipeline.models.checkpoint import Checkpoint
+
+_CACHED_TEXTS = 512
+_CACHED_CHARS = 16_384  # longer texts are not kept
+
+
+class Tokenizer:
+    """Encodes template and row text; decodes answers."""
+
+    def __init__(self, checkpoint: Checkpoint, control: Collection[str] = ()) -> None:
+        path = checkpoint.tokenizer_file
+        try:
+            self._spec = json.loads(path.read_bytes())
+            self._full = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+            raise UserError(f"{path} cannot be read: {error}") from error
+        self._full.no_truncation()
+        self._full.no_padding()
+        self._cached = lru_cache(_CACHED_TEXTS)(self._encode)
+        self.protect(control)
+
+    def protect(self, control: Collection[str]) -> None:
+        """Never read `control` in a row's text, even where tokenizer.json calls it ordinary."""
+        spec = dict(self._spec, truncation=None, padding=None)
+        spec["added_tokens"] = [
+            dict(entry, special=entry["special"] or entry["content"] in control)
+            for entry in self._spec.get("added_tokens", ())
+        ]
+        self._text = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._text.encode_special_tokens = True
+        self._cached.cache_clear()
+
+    @property
+    def size(self) -> int:
+        """Ids that the tokenizer knows, added tokens included."""
+        return self._full.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of `text`; with `special`, control tokens in it count as such."""
+        return self.ids(text, special).tolist()
+
+    def ids(self, text: str, special: bool = False) -> np.ndarray:
+        """As `encode`, int32 and read-only; texts of template and prompts come from a cache."""
+        if len(text) > _CACHED_CHARS:
+            return self._encode(str(text), special)
+        return self._cached(str(text), special)
+
+    def id(self, token: str) -> int:
+        """The id of one token. Raises UserError for one that the tokenizer lacks."""
+        found = self._full.token_to_id(token)
+        if found is None:
+            raise UserError(f"the checkpoint's tokenizer has no token {token!r}")
+        return found
+
+    def token(self, token_id: int) -> str | None:
+        """The spelling of one id in tokenizer.json."""
+        return self._full.id_to_token(token_id)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`, without special tokens."""
+        return self._full.decode(list(ids), skip_special_tokens=skip_special)
+
+    def _encode(self, text: str, special: bool) -> np.ndarray:
+        tokenizer: Any = self._full if special else self._text
+        ids = np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        ids.setflags(write=False)
+        return ids

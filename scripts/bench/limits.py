@@ -1,0 +1,193 @@
+"""What the hardware allows: the model's floating point work, and a card's measured peaks.
+
+Counts the work that an answer needs, not what an engine happens to do: padding and repeated
+work lower the share, tokens taken from a cache are not counted. Torch only inside `peaks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating point operations by stage, and the bytes that decoding must read."""
+
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    decode_bytes: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return self.vision + self.prefill + self.decode
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """A device's measured peaks: bf16 matrix products and memory copies."""
+
+    flops: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes in a Qwen2-VL or Qwen2.5-VL config that its work follows from."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    vision_hidden: int
+    vision_intermediate: int
+    vision_layers: int
+    vision_full_layers: int
+    vision_gates: int  # matrices of its MLP: 3 with a gate, 2 without
+    window: int  # patches that attend to each other in a window; 0 for none
+    merge: int
+    patch_values: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shapes:
+        """Read the sizes of a Qwen-VL config.json; raises KeyError for other models."""
+        text = {**config, **config.get("text_config", {})}
+        vision = config["vision_config"]
+        hidden = vision.get("embed_dim") or vision["hidden_size"]
+        patch = vision["patch_size"]
+        windowed = "fullatt_block_indexes" in vision
+        full = len(vision["fullatt_block_indexes"]) if windowed else vision["depth"]
+        heads = text["num_attention_heads"]
+        return cls(
+            hidden=text["hidden_size"],
+            intermediate=text["intermediate_size"],
+            layers=text["num_hidden_layers"],
+            heads=heads,
+            kv_heads=text["num_key_value_heads"],
+            head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+            vocab=text["vocab_size"],
+            vision_hidden=hidden,
+            vision_intermediate=vision.get("intermediate_size") or int(hidden * 4),
+            vision_layers=vision["depth"],
+            vision_full_layers=full,
+            vision_gates=3 if windowed else 2,
+            window=(vision.get("window_size", 0) // patch) ** 2 if windowed else 0,
+            merge=vision.get("spatial_merge_size", 2),
+            patch_values=3 * vision.get("temporal_patch_size", 2) * patch * patch,
+        )
+
+    @property
+    def token_flops(self) -> float:
+        """The decoder's matrix work for one token, without attention and the head."""
+        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
+        attention = self.hidden * qkv + self.heads * self.head_dim * self.hidden
+        return 2.0 * self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head_flops(self) -> float:
+        return 2.0 * self.hidden * self.vocab
+
+    @property
+    def pair_flops(self) -> float:
+        """Attention of one query to one key over all layers: the product and the sum."""
+        return 4.0 * self.layers * self.heads * self.head_dim
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of one token in two-byte numbers."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+
+    def vision_flops(self, num_patches: int) -> float:
+        """The vision tower and the projector for one image."""
+        n, h = float(num_patches), self.vision_hidden
+        layer = 4 * h * h + self.vision_gates * h * self.vision_intermediate
+        windows = self.vision_layers - self.vision_full_layers
+        pairs = n * n * self.vision_full_layers + n * self.window * windows
+        unit = self.merge**2
+        merger = n / unit * (unit * h) * (unit * h + self.hidden)
+        linear = self.vision_layers * n * layer + n * self.patch_values * h + merger
+        return 2 * linear + 4 * pairs * h
+
+    def prefill_flops(self, num_tokens: int, num_cached: int) -> float:
+        """The tokens that no cache holds, each attending to all before it, and one head."""
+        new = num_tokens - num_cached
+        pairs = new * num_cached + new * (new + 1) / 2
+        return new * self.token_flops + pairs * self.pair_flops + self.head_flops
+
+    def decode_flops(self, num_prompt: int, num_output: int) -> float:
+        steps = max(0, num_output - 1)  # the first token comes out of the prefill
+        pairs = steps * num_prompt + steps * (steps + 1) / 2
+        return steps * (self.token_flops + self.head_flops) + pairs * self.pair_flops
+
+    def decode_bytes(self, num_prompt: int, num_output: int) -> float:
+        """Keys and values that decoding reads; the weights' share depends on the slots."""
+        steps = max(0, num_output - 1)
+        return self.kv_bytes * (steps * num_prompt + steps * (steps + 1) / 2)
+
+
+def work(
+    shapes: Shapes, patches: Iterable[int], answers: Iterable[tuple[int, int, int]]
+) -> Work:
+    """Sum the work over distinct images' patches and answers (prompt, cached, output)."""
+    rows = list(answers)
+    return Work(
+        vision=sum(shapes.vision_flops(n) for n in patches),
+        prefill=sum(shapes.prefill_flops(prompt, cached) for prompt, cached, _ in rows),
+        decode=sum(shapes.decode_flops(prompt, output) for prompt, _, output in rows),
+        decode_bytes=sum(shapes.decode_bytes(prompt, output) for prompt, _, output in rows),
+    )
+
+
+def peaks(device: str, size: int = 8192) -> Peaks:
+    """Measure the device's matrix and copy peaks; about a second on a GPU."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return _cpu_peaks()
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in "ab")
+    source = torch.empty(1 << 31, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = _cuda_seconds(lambda: left @ right)
+    copying = _cuda_seconds(lambda: target.copy_(source))
+    found = Peaks(2 * size**3 / seconds, 2 * source.numel() / copying)
+    del left, right, source, target
+    torch.cuda.empty_cache()
+    return found
+
+
+def _cuda_seconds(call, warmups: int = 3, times: int = 10) -> float:
+    import torch
+
+    for _ in range(warmups):
+        call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+    start.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / times
+
+
+def _cpu_peaks(size: int = 1024, times: int = 5) -> Peaks:
+    import time
+
+    import torch
+
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    source, target = torch.empty(1 << 26, dtype=torch.uint8), torch.empty(1 << 26, dtype=torch.uint8)
+    best = {}
+    for name, call in {"mm": lambda: left @ right, "copy": lambda: target.copy_(source)}.items():
+        call()
+        seconds = []
+        for _ in range(times):
+            started = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - started)
+        best[name] = min(seconds)
+    return Peaks(2 * size**3 / best["mm"], 2 * source.numel() / best["copy"])

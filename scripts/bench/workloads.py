@@ -1,0 +1,199 @@
+"""The benchmark's five workloads: real photographs or drawn pages, questions, answer lengths.
+
+A workload is made in memory from a seed; another seed gives images that no other seed has, so
+nothing is cached between repetitions. Knows no engine. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+NAMES = ("caption", "mixed", "vqa", "ocr", "prefix")
+PLAIN_SYSTEM = "You are a helpful assistant."
+DESCRIBE = "Describe this image in detail."
+PHOTO = (1024, 768)
+PAGE = (1275, 1650)
+SCRAPED = ((512, 384), (640, 480), (800, 600), (768, 1024), (1024, 768), (1280, 960))
+QUESTIONS = {
+    "subject": "What is the main subject?",
+    "people": "How many people are visible?",
+    "colours": "What colours dominate?",
+    "place": "Is it indoors or outdoors?",
+    "time": "What time of day is it?",
+    "text": "Is there any text? Transcribe it.",
+    "background": "What is in the background?",
+    "sharpness": "Rate the photo's sharpness from 1 to 5.",
+}
+WORDS = (
+    "lantern the of copper meadow after nine window carry bridge salt under morning glass letter "
+    "second road quiet orchard before signal wool between clock harvest"
+).split()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Encoded images, the prompts asked of each, and each image's answer lengths."""
+
+    name: str
+    images: tuple[bytes, ...]
+    prompts: dict[str, str]
+    output_tokens: tuple[int, ...]  # of every answer about image i
+    system: str = PLAIN_SYSTEM
+    sizes: tuple[tuple[int, int], ...] = ()
+    kind: str = field(default="photographs")
+
+    @property
+    def num_answers(self) -> int:
+        return len(self.images) * len(self.prompts)
+
+
+def make(name: str, num_answers: int, seed: int) -> Workload:
+    """Make the workload `name` with about that many answers (a multiple of its prompts)."""
+    rng = random.Random(seed)
+    if name == "ocr":
+        return _pages(num_answers, seed, rng)
+    if name == "vqa":
+        num_images = max(1, num_answers // len(QUESTIONS))
+        return _photos(name, [PHOTO] * num_images, [16] * num_images, seed, prompts=QUESTIONS)
+    if name == "mixed":
+        sizes = [rng.choice(SCRAPED) for _ in range(num_answers)]
+        lengths = [_clip(rng.lognormvariate(4.6, 0.6), 16, 400) for _ in range(num_answers)]
+        return _photos(name, sizes, lengths, seed)
+    if name == "prefix":
+        prompts = {"answer": "Which rules apply?"}
+        sizes, lengths = [PHOTO] * num_answers, [64] * num_answers
+        return _photos(name, sizes, lengths, seed, prompts=prompts, system=_rules())
+    if name == "caption":
+        return _photos(name, [PHOTO] * num_answers, [128] * num_answers, seed)
+    raise ValueError(f"unknown workload {name!r}; there are {', '.join(NAMES)}")
+
+
+def _clip(value: float, low: int, high: int) -> int:
+    return max(low, min(high, int(value)))
+
+
+def _rules() -> str:
+    """About 2,000 tokens of instructions that every row shares."""
+    rng = random.Random(11)
+    rules = (f"Rule {i}: {' '.join(rng.choices(WORDS, k=14))}." for i in range(1, 105))
+    return "You sort photographs by these rules. " + " ".join(rules)
+
+
+def _photos(
+    name: str,
+    sizes: Sequence[tuple[int, int]],
+    lengths: Sequence[int],
+    seed: int,
+    prompts: dict[str, str] | None = None,
+    system: str = PLAIN_SYSTEM,
+) -> Workload:
+    jobs = [(i, size, seed) for i, size in enumerate(sizes)]
+    return Workload(
+        name=name,
+        images=tuple(_in_processes(_photo, jobs)),
+        prompts=dict(prompts or {"answer": DESCRIBE}),
+        output_tokens=tuple(lengths),
+        system=system,
+        sizes=tuple(sizes),
+        kind="photographs" if photograph_files() else "drawn scenes",
+    )
+
+
+def _pages(num_answers: int, seed: int, rng: random.Random) -> Workload:
+    seeds = range(seed * 100_000, seed * 100_000 + num_answers)
+    return Workload(
+        name="ocr",
+        images=tuple(_in_processes(_page, list(seeds))),
+        prompts={"answer": "Transcribe the page."},
+        output_tokens=tuple(rng.randint(600, 1200) for _ in range(num_answers)),
+        sizes=(PAGE,) * num_answers,
+        kind="drawn pages",
+    )
+
+
+def _in_processes(make_one, jobs: list) -> Iterator[bytes]:
+    if len(jobs) < 16:
+        yield from map(make_one, jobs)
+        return
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(make_one, jobs, chunksize=8)
+
+
+@lru_cache
+def photograph_files() -> tuple[Path, ...]:
+    """Photographs that scikit-image and scikit-learn ship, where these are installed."""
+    found: list[Path] = []
+    for package in ("skimage", "sklearn"):
+        spec = importlib.util.find_spec(package)
+        if spec and spec.origin:
+            files = sorted(Path(spec.origin).parent.rglob("*"))
+            found += [f for f in files if f.suffix.lower() in {".jpg", ".jpeg", ".png"}]
+    return tuple(f for f in found if _is_large(f))
+
+
+def _is_large(file: Path) -> bool:
+    try:
+        with Image.open(file) as image:
+            return min(image.size) >= 300
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=64)
+def _source(number: int) -> Image.Image:
+    files = photograph_files()
+    if files:
+        return Image.open(files[number % len(files)]).convert("RGB")
+    return _scene(number)
+
+
+def _scene(number: int) -> Image.Image:
+    """A stand-in for a photograph where none is installed: soft noise and some shapes."""
+    rng = random.Random(number)
+    noise = Image.effect_noise((160, 120), 90).resize((1280, 960), Image.Resampling.BICUBIC)
+    image = Image.merge("RGB", [noise.point(lambda v, s=rng.random(): int(v * s)) for _ in "rgb"])
+    draw = ImageDraw.Draw(image)
+    for _ in range(12):
+        x, y, r = rng.randrange(1280), rng.randrange(960), rng.randrange(30, 200)
+        colour = tuple(rng.randrange(256) for _ in "rgb")
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    return image
+
+
+def _photo(job: tuple[int, tuple[int, int], int]) -> bytes:
+    """A JPEG of that size: a crop of a source picture, at a place that the seed draws."""
+    number, size, seed = job
+    rng = random.Random(seed * 1_000_003 + number)
+    source = _source(number % 32)
+    share = rng.uniform(0.55, 1)
+    width, height = int(source.width * share), int(source.height * share)
+    x, y = rng.randint(0, source.width - width), rng.randint(0, source.height - height)
+    crop = source.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.BICUBIC)
+    return _jpeg(crop, quality=92)
+
+
+def _page(seed: int) -> bytes:
+    """A JPEG of a page of drawn words."""
+    rng = random.Random(seed)
+    page = Image.new("RGB", PAGE, (250, 249, 245))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(24)
+    for y in range(100, PAGE[1] - 100, 36):
+        line = " ".join(rng.choices(WORDS, k=rng.randint(6, 13)))
+        draw.text((100, y), line, fill=(20, 20, 25), font=font)
+    return _jpeg(page, quality=85)
+
+
+def _jpeg(image: Image.Image, quality: int) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=quality)
+    return out.getvalue()
