@@ -1,8 +1,8 @@
 """The decoder that all families share: one class, its differences told by `DecoderConfig`.
 
 Takes embedded tokens and positions and gives hidden states; attention over the KV cache is the
-caller's (`Attend`), so the same code runs prefill, decode and tests. Knows no cache, no batch and no
-family; issues no host synchronisation, so a CUDA graph can hold a call.
+caller's (`Attend`), so the same code runs prefill, decode and tests. Knows no cache, no batch and
+no family; issues no host synchronisation, so a CUDA graph can hold a call.
 """
 
 from __future__ import annotations

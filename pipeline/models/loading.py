@@ -47,7 +47,7 @@ class _TorchFile:
 
 
 class Weights:
-    """A checkpoint's tensors by name, each to be taken once, in the model's dtype, on its device."""
+    """A checkpoint's tensors by name, each to be taken once, on the device, in the model's dtype."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Weights:
                 file = _TorchFile(path)
         except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
             raise UserError(f"The weight file {path} cannot be read: {error}") from error
-        for own_name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for own_name in file.keys():
             name = _renamed(own_name, rules)
             if name in self._places:
                 raise UserError(
@@ -111,7 +111,7 @@ class Weights:
     def take_rows(
         self, names: Sequence[str], rows: Sequence[int], columns: int | None, pad: int = 0
     ) -> torch.Tensor:
-        """Return several tensors stacked by rows, each followed by zero rows up to `pad` if given."""
+        """Return several tensors stacked by rows, each followed by zero rows up to `pad`."""
         tail = () if columns is None else (columns,)
         heights = [max(pad, n) for n in rows]
         merged = torch.zeros((sum(heights), *tail), dtype=self.dtype, device=self.device)

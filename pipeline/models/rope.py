@@ -1,8 +1,8 @@
 """Rotary position embedding of decoders: angles for one or several position axes.
 
 Reads the keys that configs use for it, old (`rope_theta`, `rope_scaling`) and new
-(`rope_parameters`), and computes cosines and sines for NeoX half rotation. Knows nothing of how they
-are applied (`pipeline.kernels.rope`).
+(`rope_parameters`), and computes cosines and sines for NeoX half rotation. Knows nothing of how
+they are applied (`pipeline.kernels.rope`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The index tables of one batch of images for Qwen's towers: made on the host, kept on the device.
 
-A batch's patches may stand in window order: windows of one size side by side over all its images, so
-that window attention is a few dense rectangles. Knows no weights.
+A batch's patches may stand in window order: windows of one size side by side over all its images,
+so that window attention is a few dense rectangles. Knows no weights.
 """
 
 from __future__ import annotations

@@ -157,7 +157,9 @@ class QwenTower:
         return torch.cat([merged, *deep], 1) if deep else merged
 
     def _table_positions(self, plan: TowerPlan) -> Tensor:
-        assert self.table is not None and plan.taps is not None and plan.tap_weights is not None
+        assert self.table is not None
+        assert plan.taps is not None
+        assert plan.tap_weights is not None
         return (self.table[plan.taps] * plan.tap_weights[:, :, None]).sum(1)
 
     def _angles(self, plan: TowerPlan) -> tuple[Tensor, Tensor]:

@@ -7,24 +7,21 @@ but the image's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.kernels.patchify import patchify
 from pipeline.kernels.resize import resize
 from pipeline.models.base import Model
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
+from pipeline.models.families.qwen_vl import spec
 from pipeline.models.loading import Weights
 from pipeline.models.rope import rope_config
 from pipeline.models.vision.qwen import QwenTower, TowerConfig
 from pipeline.rows import ImageLayout
-
-if TYPE_CHECKING:
-    from pipeline.models.checkpoint import Checkpoint
-    from pipeline.models.family import Family
 
 # The newer layout (Qwen3-VL, and whatever transformers 5 saves) to the hub's of Qwen2-VL.
 RENAME = (
@@ -33,8 +30,6 @@ RENAME = (
     (r"^language_model\.model\.", "model."),
     (r"^language_model\.lm_head\.", "lm_head."),
 )
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _qwen2_tower(v: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,20 +68,17 @@ def _qwen3_tower(v: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# model_type -> tower, and the depth and patch size that its config may leave out
+# variant -> tower, and the depth and patch size that its config may leave out
 _TOWERS = {
-    "qwen2_vl": (_qwen2_tower, 32, 14),
-    "qwen2_5_vl": (_qwen2_5_tower, 32, 14),
-    "qwen3_vl": (_qwen3_tower, 27, 16),
+    "qwen2": (_qwen2_tower, 32, 14),
+    "qwen2_5": (_qwen2_5_tower, 32, 14),
+    "qwen3": (_qwen3_tower, 27, 16),
 }
 
 
-def tower_config(config: Mapping[str, Any]) -> TowerConfig:
+def tower_config(config: Mapping[str, Any], variant: str) -> TowerConfig:
     """Read the tower's settings from a checkpoint's config."""
-    kind = config["model_type"]
-    if kind not in _TOWERS:
-        raise UserError(f"The model type {kind!r} is no Qwen-VL; known: {', '.join(_TOWERS)}.")
-    read, depth, patch = _TOWERS[kind]
+    read, depth, patch = _TOWERS[variant]
     v = config["vision_config"]
     return TowerConfig(
         depth=v.get("depth", depth),
@@ -99,17 +91,17 @@ def tower_config(config: Mapping[str, Any]) -> TowerConfig:
     )
 
 
-def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
+def decoder_config(config: Mapping[str, Any], variant: str) -> DecoderConfig:
     """Read the decoder's settings from a checkpoint's config, flat or nested."""
-    text = config.get("text_config") or config
-    third = config["model_type"] == "qwen3_vl"
+    text = spec.text_config(config)
+    newer = variant == "qwen3"
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    rope = rope_config(text, head_dim, default_theta=5e5 if third else 1e6)
+    rope = rope_config(text, head_dim, default_theta=5e5 if newer else 1e6)
     tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     differences: dict[str, Any] = {"tied": bool(tied)}
-    if third:
-        differences |= {"qk_norm": True, "qkv_bias": bool(text.get("attention_bias", False))}
-        differences["out_bias"] = differences["qkv_bias"]
+    if newer:
+        bias = bool(text.get("attention_bias", False))
+        differences |= {"qk_norm": True, "qkv_bias": bias, "out_bias": bias}
     else:
         differences |= {"qkv_bias": True, "windows": _windows(text)}
         differences["eps"] = text.get("rms_norm_eps", 1e-5)
@@ -128,13 +120,12 @@ class QwenVL(Model):
     """A Qwen-VL checkpoint on one device."""
 
     def __init__(
-        self, family: Family, decoder: Decoder, embedding: Tensor, tower: QwenTower,
-        mean: tuple[float, ...], std: tuple[float, ...],
-    ) -> None:  # fmt: skip
+        self, family: spec.QwenVL, decoder: Decoder, embedding: Tensor, tower: QwenTower
+    ) -> None:
         super().__init__(family, decoder, embedding)
         self.tower = tower
-        self.mean = mean
-        self.std = std
+        self.mean = family.image_mean
+        self.std = family.image_std
 
     @property
     def feature_size(self) -> int:
@@ -150,17 +141,15 @@ class QwenVL(Model):
         return self.tower(patches, [layout.grid for layout in layouts])
 
 
-def build(checkpoint: Checkpoint, family: Family, weights: Weights) -> QwenVL:
+def build(checkpoint: Checkpoint, family: spec.QwenVL, weights: Weights) -> QwenVL:
     """Take the model's tensors from `weights`."""
-    config = decoder_config(checkpoint.config)
-    embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-    decoder = Decoder.take(weights, config, embedding)
-    tower = QwenTower(weights, tower_config(checkpoint.config))
-    if tower.config.out != config.hidden_size:
+    config = decoder_config(checkpoint.config, family.variant)
+    tower_sizes = tower_config(checkpoint.config, family.variant)
+    if tower_sizes.out != config.hidden_size:
         raise UserError(
-            f"The image tower gives {tower.config.out} values a token, "
+            f"The image tower gives {tower_sizes.out} values a token, "
             f"the decoder takes {config.hidden_size}."
         )
-    processor = checkpoint.preprocessor_config
-    mean, std = processor.get("image_mean", CLIP_MEAN), processor.get("image_std", CLIP_STD)
-    return QwenVL(family, decoder, embedding, tower, tuple(mean), tuple(std))
+    embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    decoder = Decoder.take(weights, config, embedding)
+    return QwenVL(family, decoder, embedding, QwenTower(weights, tower_sizes))
