@@ -44,13 +44,9 @@ class PlanStats:
 
     @property
     def padding_share(self) -> float:
-        if not self.rectangle_tokens:
-            return 0.0
-        return 1 - self._in_buckets / self.rectangle_tokens
-
-    @property
-    def _in_buckets(self) -> int:
-        return self.prompt_tokens - self.prefix_tokens_reused - self.image_tokens_reused
+        """Share of the buckets' rectangles that no token fills."""
+        grouped = self.prompt_tokens - self.prefix_tokens_reused - self.image_tokens_reused
+        return 1 - grouped / self.rectangle_tokens if self.rectangle_tokens else 0.0
 
     def add(self, other: PlanStats) -> None:
         for name in self.__slots__:
@@ -69,9 +65,10 @@ class Plan:
 class Planner:
     """Plans one window of requests after the other and remembers the current prefix."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        self._share_prefix = settings.share_prefix
-        self._share_images = settings.share_images
+    def __init__(self, settings: EngineSettings, shares: bool = True) -> None:
+        """`shares` is False for engines that share nothing, whatever the settings say."""
+        self._share_prefix = shares and settings.share_prefix
+        self._share_images = shares and settings.share_images
         tokens = settings.prefill_tokens
         self._bucket_tokens = DEFAULT_BUCKET_TOKENS if tokens == "auto" else tokens
         self._prefix: Prefix | None = None
@@ -166,7 +163,8 @@ class Planner:
 
     def _append(self, groups: Sequence[Group], plan: Plan) -> None:
         stats = plan.stats
-        for start, stop in bucket_ranges([g.num_prefill_tokens for g in groups], self._bucket_tokens):
+        lengths = [group.num_prefill_tokens for group in groups]
+        for start, stop in bucket_ranges(lengths, self._bucket_tokens):
             first = len(plan.items)
             plan.items += groups[start:stop]
             plan.buckets.append((first, first + stop - start))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline import images
 from pipeline.errors import RowError, UserError
 from pipeline.models.family import GREEDY_BELOW, Family
 from pipeline.prompts import PromptText, message_turns, prompt_turns
@@ -91,28 +93,26 @@ class Preparer:
             requests = [Answer.failed(RequestKey(shard, row.index, n), failure) for n in wanted]
         yield from requests
 
-    def _row_requests(
-        self, shard: str, row: Row, wanted: Sequence[str]
-    ) -> list[Request | Answer]:
+    def _row_requests(self, shard: str, row: Row, wanted: Sequence[str]) -> list[Request | Answer]:
         if row.error is not None:
             raise row.error
         if self._messages:
             turns, refs = message_turns(row, self._settings.system)
-            images = self._images(shard, refs)
-            return [self._request(RequestKey(shard, row.index, wanted[0]), row, turns, images)]
+            stored = self._images(shard, refs)
+            return [self._request(RequestKey(shard, row.index, wanted[0]), row, turns, stored)]
         if self._settings.input.image is not None and not row.images:
             raise RowError("missing_image")
-        images = self._images(shard, row.images)
-        return [self._prompt_request(shard, row, name, images) for name in wanted]
+        stored = self._images(shard, row.images)
+        return [self._prompt_request(shard, row, name, stored) for name in wanted]
 
     def _prompt_request(
-        self, shard: str, row: Row, name: str, images: Sequence[tuple[EncodedImage, ImageLayout]]
+        self, shard: str, row: Row, name: str, stored: Sequence[tuple[EncodedImage, ImageLayout]]
     ) -> Request | Answer:
         key = RequestKey(shard, row.index, name)
         try:
             text = self._texts[name].fill(row.columns)
-            turns = prompt_turns(text, len(images), self._settings.system)
-            return self._request(key, row, turns, images)
+            turns = prompt_turns(text, len(stored), self._settings.system)
+            return self._request(key, row, turns, stored)
         except RowError as error:
             return Answer.failed(key, error)
 
@@ -127,8 +127,6 @@ class Preparer:
         return [self._image(shard, ref) for ref in refs]
 
     def _image(self, shard: str, ref: ImageRef) -> tuple[EncodedImage, ImageLayout]:
-        from pipeline import images
-
         data = images.load(ref, self._settings.input)
         width, height = images.probe(data, self._settings.input.max_pixels)
         layout = self._family.layout(width, height)
@@ -140,13 +138,13 @@ class Preparer:
         key: RequestKey,
         row: Row,
         turns: Sequence[Turn],
-        images: Sequence[tuple[EncodedImage, ImageLayout]],
+        stored: Sequence[tuple[EncodedImage, ImageLayout]],
     ) -> Request:
-        layouts = [layout for _, layout in images]
+        layouts = [layout for _, layout in stored]
         tokens, starts = self._family.tokenize(turns, layouts, self._tokenizer)
         placed = tuple(
             PlacedImage(image, layout, start)
-            for (image, layout), start in zip(images, starts, strict=True)
+            for (image, layout), start in zip(stored, starts, strict=True)
         )
         sampling = self._sampling[key.prompt]
         self._check_length(tokens, sampling)
@@ -159,6 +157,7 @@ class Preparer:
             next_position=following,
             sampling=_seeded(sampling, row.row_id, key.prompt),
             schema=self._schemas.get(key.prompt),
+            text=self._family.prompt_text(turns),
         )
 
     def _check_length(self, tokens: np.ndarray, sampling: SamplingParams) -> None:
@@ -181,7 +180,7 @@ def sampling_params(
         chosen["max_new_tokens"] = prompt.max_new_tokens
     if chosen.get("temperature", 0.0) < GREEDY_BELOW:
         chosen["temperature"] = 0.0
-    return SamplingParams(**chosen)
+    return SamplingParams(stop_token_ids=family.eos_token_ids, **chosen)
 
 
 def schema_text(name: str, prompt: PromptSettings) -> str | None:
@@ -206,8 +205,6 @@ def _read_schema(name: str, source: str) -> Any:
 
 
 def _seeded(sampling: SamplingParams, row_id: str, prompt: str) -> SamplingParams:
-    from dataclasses import replace
-
     named = f"{sampling.seed}\0{row_id}\0{prompt}".encode("utf-8", "surrogatepass")
     seed = int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little") >> 1
     return replace(sampling, seed=seed)

@@ -109,6 +109,7 @@ class Request:
     next_position: int  # position of the first generated token on every axis
     sampling: SamplingParams
     schema: str | None = None  # JSON schema text
+    text: str | None = None  # the prompt as rendered, where a model runs unfused
 
     @property
     def num_tokens(self) -> int:

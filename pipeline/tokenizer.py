@@ -7,6 +7,7 @@ Knows no template and no family. Imports neither torch nor transformers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,8 +18,13 @@ import tokenizers
 from pipeline.errors import UserError
 from pipeline.models.checkpoint import Checkpoint
 
+_MARKER = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)  # the usual shape of a control token
 _CACHED_TEXTS = 512
 _CACHED_CHARS = 16_384  # longer texts are not kept
+
+
+def _is_control(token: str, control: Collection[str]) -> bool:
+    return token in control or _MARKER.fullmatch(token) is not None
 
 
 class Tokenizer:
@@ -29,7 +35,7 @@ class Tokenizer:
         try:
             self._spec = json.loads(path.read_bytes())
             self._full = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        except Exception as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         self._full.no_truncation()
         self._full.no_padding()
@@ -40,7 +46,7 @@ class Tokenizer:
         """Never read `control` in a row's text, even where tokenizer.json calls it ordinary."""
         spec = dict(self._spec, truncation=None, padding=None)
         spec["added_tokens"] = [
-            dict(entry, special=entry["special"] or entry["content"] in control)
+            dict(entry, special=entry["special"] or _is_control(entry["content"], control))
             for entry in self._spec.get("added_tokens", ())
         ]
         self._text = tokenizers.Tokenizer.from_str(json.dumps(spec))

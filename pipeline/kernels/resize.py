@@ -2,7 +2,8 @@
 
 Coefficients are those of Pillow's `Resample.c`: support 2 (times the shrink factor), a = -0.5,
 normalised in float64, rounded to 22 fractional bits; sums in integers, clipped to 8 bits after the
-horizontal and after the vertical pass. Knows no model.
+horizontal and after the vertical pass. Which pass comes first is the installed Pillow's choice, so
+that a GPU gives the pixels that decoding processes give on CPU devices. Knows no model.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
 from pipeline.kernels.backend import tl, triton, use_triton
 
 PRECISION_BITS = 32 - 8 - 2
+PILLOW = int(PIL.__version__.partition(".")[0])
 
 
 @lru_cache(maxsize=4096)
@@ -49,11 +52,17 @@ def _axis(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Te
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """uint8 [H, W, 3] -> uint8 [height, width, 3], equal to Pillow's `resize(…, BICUBIC)`."""
-    if image.shape[1] != width:
-        image = _pass(image, width, axis=1)
-    if image.shape[0] != height:
-        image = _pass(image, height, axis=0)
+    axes = (0, 1) if _rows_first(image.shape[0] - height, image.shape[1] - width) else (1, 0)
+    for axis in axes:
+        size = width if axis else height
+        if image.shape[axis] != size:
+            image = _pass(image, size, axis)
     return image
+
+
+def _rows_first(height_lost: int, width_lost: int) -> bool:
+    """Whether the vertical pass comes first, as in Pillow since 13; the order changes roundings."""
+    return PILLOW >= 13 and height_lost > 0 and height_lost > 2 * width_lost
 
 
 def _pass(image: Tensor, size_out: int, axis: int) -> Tensor:

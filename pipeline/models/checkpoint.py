@@ -178,13 +178,11 @@ def _edges(path: Path) -> bytes:
 
 
 def _download(model_id: str, revision: str, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub_errors
+    from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(model_id, revision=revision, allow_patterns=list(patterns))
-        )
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(patterns)))
     except hub_errors.GatedRepoError as error:
         raise UserError(
             f"model.id {model_id!r} is gated: accept its licence on the hub and set HF_TOKEN"
@@ -197,4 +195,4 @@ def _download(model_id: str, revision: str, patterns: Sequence[str]) -> Path:
         ) from error
     except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.id {model_id!r} cannot be fetched from the hub: {reason}") from error
+        raise UserError(f"model.id {model_id!r} cannot be fetched: {reason}") from error

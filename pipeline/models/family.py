@@ -75,6 +75,10 @@ class Family(ABC):
         """The prompt's pieces: texts, control tokens and image numbers, up to the answer."""
         return render(self.template, turns)
 
+    def prompt_text(self, turns: Sequence[Turn]) -> str | None:
+        """The rendered prompt, for families whose engine wants text; None for ours."""
+        return None
+
     def image_tokens(self, layout: ImageLayout) -> np.ndarray:
         """Ids of one image's block, `layout.num_tokens` of them."""
         return np.full(layout.num_tokens, self.image_token_id, np.int32)
@@ -116,7 +120,9 @@ def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     return sampling
 
 
-def end_tokens(checkpoint: Checkpoint, config: Mapping[str, Any], template: Template) -> tuple[int, ...]:
+def end_tokens(
+    checkpoint: Checkpoint, config: Mapping[str, Any], template: Template
+) -> tuple[int, ...]:
     """Ids that end an answer: the generation_config's, else the config's and the template's."""
     ids = _as_ids(checkpoint.generation_config.get("eos_token_id"))
     if ids:

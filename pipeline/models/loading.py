@@ -7,6 +7,7 @@ Knows file formats and how to complain about a tensor by its name. Knows no arch
 from __future__ import annotations
 
 import importlib
+import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -47,7 +48,7 @@ class _TorchFile:
 
 
 class Weights:
-    """A checkpoint's tensors by name, each to be taken once, on the device, in the model's dtype."""
+    """A checkpoint's tensors by name, to be taken once each, on the device in the model's dtype."""
 
     def __init__(
         self,
@@ -73,6 +74,8 @@ class Weights:
                 file = _read_safetensors(path, self.device, self._stack)
             else:
                 file = _TorchFile(path)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"The weight file {path} is no file of tensors alone.") from error
         except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
             raise UserError(f"The weight file {path} cannot be read: {error}") from error
         for own_name in file.keys():
@@ -164,11 +167,13 @@ def load_model(
 
     Raises: UserError when the files do not fit the config, naming the tensor.
     """
+    from pipeline.models.fp8 import quantize_decoder
+
     module = importlib.import_module(type(family).__module__.rpartition(".")[0] + ".model")
     build: Callable[[Checkpoint, Family, Weights], Model] = module.build
     weights = Weights(checkpoint.weight_files(), device, dtype, module.RENAME)
     model = build(checkpoint, family, weights)
     weights.finish()
-    if quantization != "none":
-        model.decoder.quantize(quantization)
+    if quantization == "fp8":
+        quantize_decoder(model.decoder)
     return model

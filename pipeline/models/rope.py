@@ -129,7 +129,7 @@ def _axis_of_frequency(config: RopeConfig) -> list[int]:
         return [axis for axis, size in enumerate(config.sections) for _ in range(size)]
     axes = [0] * half
     for axis, size in list(enumerate(config.sections))[1:]:
-        for index in range(axis, size * 3, 3):
+        for index in range(axis, min(size * 3, half), 3):
             axes[index] = axis
     return axes
 

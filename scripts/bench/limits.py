@@ -6,6 +6,7 @@ work lower the share, tokens taken from a cache are not counted. Torch only insi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -130,9 +131,7 @@ class Shapes:
         return self.kv_bytes * (steps * num_prompt + steps * (steps + 1) / 2)
 
 
-def work(
-    shapes: Shapes, patches: Iterable[int], answers: Iterable[tuple[int, int, int]]
-) -> Work:
+def work(shapes: Shapes, patches: Iterable[int], answers: Iterable[tuple[int, int, int]]) -> Work:
     """Sum the work over distinct images' patches and answers (prompt, cached, output)."""
     rows = list(answers)
     return Work(
@@ -143,21 +142,25 @@ def work(
     )
 
 
-def peaks(device: str, size: int = 8192) -> Peaks:
+def peaks(device: str) -> Peaks:
     """Measure the device's matrix and copy peaks; about a second on a GPU."""
     import torch
 
     if not device.startswith("cuda"):
-        return _cpu_peaks()
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in "ab")
-    source = torch.empty(1 << 31, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = _cuda_seconds(lambda: left @ right)
-    copying = _cuda_seconds(lambda: target.copy_(source))
-    found = Peaks(2 * size**3 / seconds, 2 * source.numel() / copying)
-    del left, right, source, target
+        return _measured(device, torch.float32, 1024, 1 << 26, _cpu_seconds)
+    found = _measured(device, torch.bfloat16, 8192, 1 << 31, _cuda_seconds)
     torch.cuda.empty_cache()
     return found
+
+
+def _measured(device: str, dtype, size: int, num_bytes: int, seconds) -> Peaks:
+    import torch
+
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product, copy = seconds(lambda: left @ right), seconds(lambda: target.copy_(source))
+    return Peaks(2 * size**3 / product, 2 * num_bytes / copy)
 
 
 def _cuda_seconds(call, warmups: int = 3, times: int = 10) -> float:
@@ -174,20 +177,11 @@ def _cuda_seconds(call, warmups: int = 3, times: int = 10) -> float:
     return start.elapsed_time(end) / 1e3 / times
 
 
-def _cpu_peaks(size: int = 1024, times: int = 5) -> Peaks:
-    import time
-
-    import torch
-
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    source, target = torch.empty(1 << 26, dtype=torch.uint8), torch.empty(1 << 26, dtype=torch.uint8)
-    best = {}
-    for name, call in {"mm": lambda: left @ right, "copy": lambda: target.copy_(source)}.items():
+def _cpu_seconds(call, times: int = 5) -> float:
+    call()
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
         call()
-        seconds = []
-        for _ in range(times):
-            started = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - started)
-        best[name] = min(seconds)
-    return Peaks(2 * size**3 / best["mm"], 2 * source.numel() / best["copy"])
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

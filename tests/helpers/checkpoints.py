@@ -182,7 +182,8 @@ def _tower_shapes(config: Mapping[str, Any]) -> Shapes:
         shapes |= _linear(f"{block}.attn.qkv", 3 * size, size)
         shapes |= _linear(f"{block}.attn.proj", size, size)
         shapes |= _tower_mlp(f"{block}.mlp", v, kind)
-    names = ("norm", "linear_fc1", "linear_fc2") if kind == "qwen3_vl" else ("ln_q", "mlp.0", "mlp.2")
+    newer = ("norm", "linear_fc1", "linear_fc2")
+    names = newer if kind == "qwen3_vl" else ("ln_q", "mlp.0", "mlp.2")
     shapes |= _merger("merger", names, size, out, norm_bias)
     if kind == "qwen3_vl":
         shapes["patch_embed.proj.bias"] = (size,)

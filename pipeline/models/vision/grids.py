@@ -46,7 +46,7 @@ def _taps(size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     low = np.floor(place).astype(np.int64)
     part = (place - low).astype(np.float32)
     taps = np.stack([low, low + 1], 1).clip(0, side - 1)
-    return taps, np.stack([np.float32(1) - part, part], 1)
+    return taps, np.stack([np.float32(1) - part, np.float32(1) - np.abs(part - np.float32(1))], 1)
 
 
 @lru_cache(maxsize=1024)

@@ -184,8 +184,8 @@ class QwenVL(Family):
 
 def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> ModelSizes:
     hidden, layers = text["hidden_size"], text["num_hidden_layers"]
-    heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
-    head_dim = text.get("head_dim") or hidden // heads
+    heads, kv_heads = text["num_attention_heads"], text.get("num_key_value_heads")
+    head_dim, kv_heads = text.get("head_dim") or hidden // heads, kv_heads or heads
     attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
     mlp = 3 * hidden * text["intermediate_size"]
     tables = 1 if text.get("tie_word_embeddings") else 2
@@ -202,7 +202,8 @@ def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> 
         decoder_params=layers * (attention + mlp),
         embedding_params=tables * hidden * text["vocab_size"],
         vision_params=vision.get("depth", 32) * (4 * width * width + matrices * width * inner)
-        + merged * merged + merged * hidden,
+        + merged * merged
+        + merged * hidden,
         patches_per_token=vision.get("spatial_merge_size", 2) ** 2,
         vision_attention_width=width,
     )

@@ -1,0 +1,1 @@
+"""The static-batch engine: fed groups of requests in, completions out."""

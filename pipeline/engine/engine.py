@@ -1,0 +1,343 @@
+"""The loop: schedule -> prefill or step -> collect, one step ahead of the host.
+
+While the device runs step n, the host reads the tokens of step n-1, admits work and prepares the
+next batch; lanes that stop are noticed on the device (`slots.py`), so nothing is wrong in between.
+Knows no row, no file and no template.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.decode import Decoder
+from pipeline.engine.extents import ExtentPool
+from pipeline.engine.kv_cache import NUM_TRASH, KVCache
+from pipeline.engine.memory import EngineSizes
+from pipeline.engine.outcome import Outcomes
+from pipeline.engine.prefill import encode_images, prefill
+from pipeline.engine.sampler import SamplerMode, sample
+from pipeline.engine.schedule import Piece, Scheduler
+from pipeline.engine.sequence import Sequence
+from pipeline.engine.slots import LaneStart, Slots, to_device
+from pipeline.engine.stats import EngineStats, StageTimer
+from pipeline.engine.upload import Uploaded, Uploader
+from pipeline.errors import RowError
+from pipeline.feeder import END, Feed
+from pipeline.models.base import Model
+from pipeline.rows import Completion, Group, Prefix
+from pipeline.settings import EngineSettings
+
+OUT_OF_MEMORY = torch.OutOfMemoryError
+
+
+@dataclass(slots=True)
+class Step:
+    """What the device was asked for and the host has not read yet."""
+
+    lanes: list[tuple[int, Sequence]]  # column of `result`, sequence
+    result: Tensor  # [2, n] tokens and states, on the host once `event` passed
+    event: Any = None
+
+
+class Engine:
+    """Runs fed groups on one device; one engine serves many feeds, its prefix stays cached."""
+
+    def __init__(
+        self, model: Model, settings: EngineSettings, sizes: EngineSizes, outcomes: Outcomes
+    ) -> None:
+        c = model.decoder.config
+        self.model = model
+        self.settings = settings
+        self.outcomes = outcomes
+        self.cache = KVCache(
+            c.num_layers, c.num_kv_heads, sizes.num_places, c.head_dim, model.dtype, model.device
+        )
+        self.slots = Slots(sizes.num_slots, model.device)
+        pool = ExtentPool(NUM_TRASH, sizes.num_places)
+        self.scheduler = Scheduler(pool, sizes.num_slots, sizes.prefill_tokens)
+        longest = min(sizes.num_places, settings.max_context or model.family.context_length)
+        self.decoder = Decoder(model, self.cache, self.slots, settings.cuda_graphs, longest)
+        self.uploader = Uploader(model.device)
+        self.stats = EngineStats()
+        self.timer = StageTimer(self.stats, model.device)
+        self.running: dict[int, Sequence] = {}
+        self._steps: deque[Step] = deque()
+        self._mode = SamplerMode()
+        self._fed = True  # more may come
+        self.draining = False
+
+    @torch.inference_mode()
+    def run(self, feed: Feed) -> Iterator[Completion]:
+        """Complete every fed request once, in any order. Ends with the feed."""
+        self._fed = True
+        while True:
+            self._receive(feed)
+            flush = not self._fed or not self.running
+            pieces = [] if self.draining else self.scheduler.next_batch(flush)
+            if pieces:
+                self._prefill(pieces)
+                if self._mode.guided:  # the first tokens decide what may follow
+                    yield from self._collect(0)
+            elif not self.running and self.scheduler.waiting and not self.draining:
+                self.scheduler.reject_stuck()
+            for release in self.scheduler.releases():
+                release()
+            if self.running:
+                self._step()
+            lag = 1 if self.settings.overlap and not self._mode.guided else 0
+            yield from self._collect(lag if self.running else 0)
+            if not self.running and (self.draining or self._idle()):
+                self.timer.settle(wait=True)
+                return
+
+    def _idle(self) -> bool:
+        return not (self._fed or self.scheduler.waiting or self._steps)
+
+    # 1. receive
+
+    def _receive(self, feed: Feed) -> None:
+        """Take what the feed has; wait for it only when the device has nothing to do."""
+        enough = 2 * self.scheduler.prefill_tokens
+        while self._fed and self.scheduler.num_waiting_tokens < enough and not self.draining:
+            starving = not self.running and not self.scheduler.waiting
+            if starving:
+                with self.timer.host("feed_wait"):
+                    fed = feed.get(0.1)
+            else:
+                fed = feed.get(0)
+            if fed is END:
+                self._fed = False
+            elif fed is not None:
+                self._add(fed)
+            elif not starving:
+                return
+
+    def _add(self, fed: Any) -> None:
+        with self.timer.host("upload"):
+            uploaded = self.uploader.upload(fed.images)
+        fed.release()
+        pixels = [_Pixels(uploaded, i) for i in uploaded.images]
+        values = [p.image if isinstance(p.image, RowError) else p for p in pixels]
+        if isinstance(fed.item, Prefix):
+            self.scheduler.add_prefix(fed.item, values, _nothing)
+        else:
+            assert isinstance(fed.item, Group)
+            self.scheduler.add_group(fed.item, values, _nothing)
+
+    # 2. prefill
+
+    def _prefill(self, pieces: list[Piece]) -> None:
+        """Run the batch; on out-of-memory run its halves, and fail a piece that is alone."""
+        try:
+            self._run_prefill(pieces)
+        except OUT_OF_MEMORY:
+            self.stats.num_out_of_memory += 1
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            if len(pieces) == 1:
+                self._fail_piece(pieces[0])
+                return
+            self.scheduler.prefill_tokens = max(256, self.scheduler.prefill_tokens // 2)
+            middle = len(pieces) // 2
+            self._prefill(pieces[:middle])
+            self._prefill([p for p in pieces[middle:] if not self._orphaned(p)])
+
+    def _run_prefill(self, pieces: list[Piece]) -> None:
+        if not pieces:
+            return
+        images = [(pixels, image.layout) for p in pieces for image, pixels in p.images]
+        for pixels, _ in images:
+            pixels.uploaded.wait()
+        with self.timer.stage("vision"):
+            features = encode_images(self.model, [(p.image, layout) for p, layout in images])
+        sequences = [p.sequence for p in pieces if p.sequence is not None]
+        with self.timer.stage("prefill"):
+            logits = prefill(self.model, self.cache, pieces, features)
+            if sequences:
+                self._start(sequences, logits)
+        self._count(pieces, len(images))
+
+    def _start(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Draw first tokens and set the lanes going."""
+        mode = SamplerMode.of(s.request for s in sequences)
+        self._mode = mode | SamplerMode.of(s.request for s in self.running.values())
+        self._prepare(sequences, mode)
+        rows = self.slots.fill([_lane_start(s) for s in sequences])
+        tokens, valid = sample(logits, self.slots, rows, mode)
+        result = self.slots.accept(rows, tokens, valid, first=True)
+        self.running.update((s.lane, s) for s in sequences)
+        self._push(list(enumerate(sequences)), result)
+
+    def _prepare(self, sequences: list[Sequence], mode: SamplerMode) -> None:
+        """Lanes' rows of what only some modes keep: tokens seen, tokens allowed."""
+        vocab, device = self.model.decoder.config.vocab_size, self.model.device
+        slots = self.slots
+        if mode.penalty:
+            if slots.seen is None:
+                shape = (slots.num_slots, vocab)
+                slots.seen = torch.zeros(shape, dtype=torch.bool, device=device)
+            for s in sequences:
+                tokens = torch.from_numpy(s.request.tokens.astype("int64"))
+                slots.seen[s.lane] = False
+                slots.seen[s.lane, to_device(tokens, device)] = True
+        elif slots.seen is not None:
+            lanes = torch.tensor([s.lane for s in sequences], device=device)
+            slots.seen[lanes] = False
+        if mode.guided and slots.allowed is None:
+            shape = (slots.num_slots, -(-vocab // 32))
+            slots.allowed = torch.full(shape, -1, dtype=torch.int32, device=device)
+        if slots.allowed is not None:
+            for s in sequences:
+                self.outcomes.begin(s)
+                mask = self.outcomes.mask(s)
+                slots.allowed[s.lane] = -1 if mask is None else mask.to(device)
+
+    def _fail_piece(self, piece: Piece) -> None:
+        error = RowError("out_of_memory", "The row does not fit the device's memory even alone.")
+        if piece.sequence is not None:
+            self._reject(piece.sequence, error)
+        elif piece.owner is not None:
+            piece.owner.error = error
+
+    def _orphaned(self, piece: Piece) -> bool:
+        """Whether a shared piece before this one failed; its sequence then fails too."""
+        work = piece.work
+        error = None
+        if work is not None:
+            error = work.error or (work.prefix.error if work.prefix is not None else None)
+        if error is not None and piece.sequence is not None:
+            self._reject(piece.sequence, error)
+        return error is not None
+
+    def _reject(self, sequence: Sequence, error: RowError) -> None:
+        self.scheduler.rejected.append(sequence.completion("error", error))
+        self.scheduler.retire(sequence)
+
+    def _count(self, pieces: list[Piece], num_images: int) -> None:
+        stats = self.stats
+        stats.num_prefill_batches += 1
+        stats.num_prefill_tokens += sum(p.num_tokens for p in pieces)
+        stats.num_images += num_images
+        stats.num_image_tokens += sum(i.layout.num_tokens for p in pieces for i, _ in p.images)
+        for p in pieces:
+            if p.sequence is not None:
+                stats.num_prompt_tokens += p.sequence.request.num_tokens
+                stats.num_cached_tokens += p.sequence.num_cached_tokens
+
+    # 3. step
+
+    def _step(self) -> None:
+        lanes = sorted(self.running)
+        longest = max(
+            s.request.num_tokens + len(s.output_ids) + 2 + len(self._steps)
+            for s in self.running.values()
+        )
+        try:
+            with self.timer.stage("decode"):
+                result, columns = self.decoder.step(lanes, self._mode, longest)
+        except OUT_OF_MEMORY:
+            self._shrink()
+            return
+        places = {lane: column for column, lane in enumerate(columns)}
+        self._push([(places[lane], self.running[lane]) for lane in lanes], result)
+        self.stats.num_steps += 1
+        self.stats.num_lane_steps += self.slots.num_slots
+
+    def _shrink(self) -> None:
+        """A step did not fit: without graphs it needs less; with none left, the last row fails."""
+        self.stats.num_out_of_memory += 1
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        if self.decoder.graphs:
+            self.decoder.graphs = False
+            return
+        lane = max(self.running)
+        sequence = self.running.pop(lane)
+        self.slots.give_back([lane])
+        sequence.finished = True
+        self._reject(sequence, RowError("out_of_memory"))
+
+    def _push(self, lanes: list[tuple[int, Sequence]], result: Tensor) -> None:
+        event = None
+        if result.is_cuda:
+            host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            result = host.copy_(result, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._steps.append(Step(lanes, result, event))
+
+    # 4. collect
+
+    def _collect(self, lag: int) -> Iterator[Completion]:
+        """Read all but the latest `lag` steps; yield what ended."""
+        rejected, self.scheduler.rejected = self.scheduler.rejected, []
+        yield from rejected
+        while len(self._steps) > lag:
+            yield from self._read(self._steps.popleft())
+        self.timer.settle()
+
+    def _read(self, step: Step) -> Iterator[Completion]:
+        if step.event is not None:
+            step.event.synchronize()
+        tokens, states = step.result.tolist()
+        ended, masks = [], []
+        for column, sequence in step.lanes:
+            if sequence.finished:
+                continue
+            self.stats.num_output_tokens += 1
+            completion = self.outcomes.take(sequence, tokens[column], states[column])
+            if completion is None:
+                if sequence.grammar is not None:
+                    masks.append(sequence)
+                continue
+            sequence.finished = True
+            ended.append(sequence)
+            yield completion
+        self._end(ended)
+        for sequence in masks:
+            assert self.slots.allowed is not None
+            mask = self.outcomes.mask(sequence)
+            if mask is not None:
+                self.slots.allowed[sequence.lane] = to_device(mask, self.model.device)
+
+    def _end(self, ended: list[Sequence]) -> None:
+        if not ended:
+            return
+        self.slots.give_back([s.lane for s in ended])
+        for sequence in ended:
+            del self.running[sequence.lane]
+            self.scheduler.retire(sequence)
+        if not self.running:
+            self._mode = SamplerMode()
+
+
+@dataclass(slots=True)
+class _Pixels:
+    """One image of a fed item, with the copy that it must wait for."""
+
+    uploaded: Uploaded
+    image: Any
+
+
+def _nothing() -> None:
+    """Images were copied when they came, so there is nothing to give back."""
+
+
+def _lane_start(sequence: Sequence) -> LaneStart:
+    request, own = sequence.request, sequence.own
+    length = sequence.num_own_tokens
+    return LaneStart(
+        lane=sequence.lane,
+        place=own.start + length,
+        position=request.next_position,
+        segments=(*sequence.segments, (own.start, length + 1)),
+        sampling=request.sampling,
+    )

@@ -1,0 +1,90 @@
+"""How many lanes, prefill tokens and cache places fit the device.
+
+Weights are loaded already; the rest is divided between the activations of one prefill and one
+step, and the cache. Knows no request.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.engine.kv_cache import KVCache
+from pipeline.errors import UserError
+from pipeline.models.base import Model
+from pipeline.settings import EngineSettings
+
+GIB = 1 << 30
+CPU_CACHE_BYTES = 2 * GIB
+CUDA_CONTEXT_BYTES = 1 * GIB  # library workspaces and captured graphs
+TYPICAL_SEQUENCE = 1280  # tokens; only bounds the number of lanes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSizes:
+    """What the engine was given: lanes, tokens of a prefill batch, token places."""
+
+    num_slots: int
+    prefill_tokens: int
+    num_places: int
+
+
+def place_bytes(model: Model) -> int:
+    c = model.decoder.config
+    return KVCache.bytes_per_place(
+        c.num_layers, c.num_kv_heads, c.head_dim, model.dtype.itemsize
+    )
+
+
+def activation_bytes(model: Model, prefill_tokens: int, num_slots: int) -> int:
+    """Upper estimate of what one prefill batch with its images, or one step, needs at once."""
+    c = model.decoder.config
+    qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    per_token = 3 * c.intermediate_size + 6 * c.hidden_size + 2 * qkv
+    prefill = prefill_tokens * per_token * model.dtype.itemsize
+    # NOTE: four patches a token, a tower as wide as half the decoder, images of 8 bytes a value.
+    vision = prefill_tokens * 4 * 3 * c.hidden_size * model.dtype.itemsize
+    logits = 4 * num_slots * c.vocab_size * 4
+    return prefill + vision + logits
+
+
+def size_engine(model: Model, settings: EngineSettings) -> EngineSizes:
+    """Divide the device's free memory. Raises UserError when no sequence would fit."""
+    cuda = model.device.type == "cuda"
+    slots, tokens = settings.decode_slots, settings.prefill_tokens
+    if tokens == "auto":
+        tokens = 16_384 if cuda else 2_048
+    wanted = slots if slots != "auto" else (512 if cuda else 64)
+    free = _free_bytes(model, settings)
+    while True:
+        spare = free - activation_bytes(model, tokens, wanted)
+        places = spare // place_bytes(model)
+        if places >= wanted * TYPICAL_SEQUENCE or (slots != "auto" and places >= tokens):
+            break
+        if settings.prefill_tokens == "auto" and tokens > 2_048 and places < 2 * tokens:
+            tokens //= 2
+        elif slots == "auto" and wanted > 8:
+            wanted = max(8, wanted * 3 // 4 // 8 * 8)
+        else:
+            break
+    if places < 1024:
+        raise UserError(
+            f"The model leaves {free / GIB:.1f} GiB of the device, too little for one sequence; "
+            "lower engine.prefill_tokens or take a larger device."
+        )
+    limit = wanted * (settings.max_context or model.family.context_length)
+    return EngineSizes(wanted, tokens, int(min(places, limit)))
+
+
+def _free_bytes(model: Model, settings: EngineSettings) -> int:
+    if model.device.type != "cuda":
+        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min(int(pages * settings.memory_fraction) // 2, CPU_CACHE_BYTES)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(model.device)
+    used = total - free
+    if settings.memory_limit_gb is not None:
+        total = min(total, int(settings.memory_limit_gb * 1e9))
+    return int(total * settings.memory_fraction) - used - CUDA_CONTEXT_BYTES

@@ -1,0 +1,121 @@
+"""Prompt tokens to keys, values and each request's first token: one packed batch, nothing padded.
+
+A batch holds pieces of all kinds (prefix, group, own): keys of a layer are written before any query
+of that layer reads them, so a piece may build on another of the same batch. Knows no queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.schedule import Piece
+from pipeline.engine.slots import to_device
+from pipeline.kernels.decode_attention import DecodePlan, decode_attention, plan_decode
+from pipeline.kernels.prefill_attention import (
+    PrefillPlan,
+    Run,
+    prefill_attention,
+    prefill_plan_for,
+)
+from pipeline.kernels.rope import rope_and_cache
+from pipeline.models.base import Model
+from pipeline.rows import ImageLayout
+
+MAX_IMAGE_TOKENS = 16_384  # of one pass of the image tower
+
+
+class PrefillAttend:
+    """`Attend` of one batch; in the last layer, only the rows `last` ask."""
+
+    def __init__(
+        self, cache: KVCache, places: Tensor, plan: PrefillPlan, last_plan: DecodePlan, model: Model
+    ) -> None:
+        self.cache = cache
+        self.places = places
+        self.plan = plan
+        self.last_plan = last_plan
+        self.config = model.decoder.config
+
+    def __call__(
+        self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, last: Tensor | None
+    ) -> Tensor:
+        k, v = self.cache.keys(layer), self.cache.values(layer)
+        q = rope_and_cache(qkv, cos, sin, k, v, self.places, self.config.num_heads)
+        scale = self.config.scale
+        if last is None:
+            return prefill_attention(q, k, v, self.plan, scale).flatten(1)
+        return decode_attention(q.index_select(0, last), k, v, self.last_plan, scale).flatten(1)
+
+
+def encode_images(model: Model, images: Seq[tuple[Tensor, ImageLayout]]) -> Tensor | None:
+    """Features [sum of tokens, F] in the images' order, the tower run on bounded batches."""
+    features, batch, tokens = [], [], 0
+    for pixels, layout in images:
+        if batch and tokens + layout.num_tokens > MAX_IMAGE_TOKENS:
+            features.append(_encode(model, batch))
+            batch, tokens = [], 0
+        batch.append((pixels, layout))
+        tokens += layout.num_tokens
+    if batch:
+        features.append(_encode(model, batch))
+    if not features:
+        return None
+    return features[0] if len(features) == 1 else torch.cat(features)
+
+
+def _encode(model: Model, batch: list[tuple[Tensor, ImageLayout]]) -> Tensor:
+    return model.encode_images([pixels for pixels, _ in batch], [layout for _, layout in batch])
+
+
+def image_places(pieces: Seq[Piece]) -> np.ndarray:
+    """Rows of the packed batch that the images' features fill, in the order of the images."""
+    rows, base = [np.zeros(0, np.int64)], 0
+    for piece in pieces:
+        for image, _ in piece.images:
+            first = base + image.start - piece.start
+            rows.append(np.arange(first, first + image.layout.num_tokens, dtype=np.int64))
+        base += piece.num_tokens
+    return np.concatenate(rows)
+
+
+def prefill(model: Model, cache: KVCache, pieces: Seq[Piece], features: Tensor | None) -> Tensor:
+    """Compute the pieces' keys and values; return logits [n, V] of those that have a sequence."""
+    device = model.device
+    tokens = np.concatenate([p.tokens[p.start : p.stop] for p in pieces]).astype(np.int64)
+    positions = np.concatenate([p.positions[:, p.start : p.stop] for p in pieces], 1)
+    places = np.concatenate([np.arange(p.num_tokens) + p.extent.start for p in pieces])
+    runs, ends, segments, base = [], [], [], 0
+    for piece in pieces:
+        own = (*piece.earlier, (piece.extent.start, piece.num_tokens))
+        runs.append(Run(base, piece.num_tokens, own))
+        base += piece.num_tokens
+        if piece.sequence is not None:
+            ends.append(base - 1)
+            segments.append(own)
+    last = to_device(torch.tensor(ends, dtype=torch.int64), device)
+    where = None if features is None else _upload(image_places(pieces), device)
+    x = model.embed(_upload(tokens, device), features, where)
+    attend = PrefillAttend(
+        cache, _upload(places.astype(np.int64), device), prefill_plan_for(runs, x),
+        _last_plan(segments, device), model,
+    )  # fmt: skip
+    hidden = model.decoder(x, _upload(positions.astype(np.int64), device), attend, last)
+    return model.decoder.logits(hidden)
+
+
+def _last_plan(segments: list[tuple[tuple[int, int], ...]], device: torch.device) -> DecodePlan:
+    width = max((len(s) for s in segments), default=1)
+    table = [((0, 0),) * (width - len(s)) + s for s in segments]
+    tensor = torch.tensor(table, dtype=torch.int32).view(-1, width, 2)
+    longest = max((sum(n for _, n in s) for s in segments), default=0)
+    return plan_decode(to_device(tensor, device), longest)
+
+
+def _upload(array: Any, device: torch.device) -> Tensor:
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)

@@ -1,0 +1,86 @@
+"""From logits to one token a lane: penalties, schema mask, cuts, draw; only what lanes ask for.
+
+Knows lanes (`slots.py`), no requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.slots import RUNNING, Slots
+from pipeline.kernels.sampling import cut, gumbel_noise, penalise
+from pipeline.rows import Request
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerMode:
+    """Which parts any of the lanes needs; a CUDA graph is captured for each mode in use."""
+
+    penalty: bool = False
+    guided: bool = False
+    random: bool = False
+    cuts: bool = False
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> SamplerMode:
+        mode = cls()
+        for request in requests:
+            p = request.sampling
+            random = p.temperature > 0
+            mode = cls(
+                mode.penalty or p.repetition_penalty != 1.0,
+                mode.guided or request.schema is not None,
+                mode.random or random,
+                mode.cuts or (random and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)),
+            )
+        return mode
+
+    def __or__(self, other: SamplerMode) -> SamplerMode:
+        return SamplerMode(
+            self.penalty or other.penalty,
+            self.guided or other.guided,
+            self.random or other.random,
+            self.cuts or other.cuts,
+        )
+
+
+def sample(
+    logits: Tensor, slots: Slots, rows: Tensor | slice, mode: SamplerMode
+) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [n] of the lanes `rows`, and whether their logits [n, V] were numbers."""
+    tokens = logits.argmax(-1)
+    # NOTE: argmax propagates NaN, so the chosen logit tells of any.
+    valid = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])
+    if mode == SamplerMode():
+        return tokens, valid
+    if mode.penalty:
+        assert slots.seen is not None
+        logits = penalise(logits, slots.seen[rows], slots.penalty[rows])
+    if mode.guided:
+        assert slots.allowed is not None
+        logits = logits.masked_fill(~unpack(slots.allowed[rows], logits.shape[1]), float("-inf"))
+    tokens = logits.argmax(-1)
+    if mode.random:
+        temperature = slots.temperature[rows]
+        cold = temperature <= 0
+        warm = logits / torch.where(cold, 1.0, temperature)[:, None]
+        if mode.cuts:
+            warm = cut(warm, slots.top_k[rows], slots.top_p[rows], slots.min_p[rows])
+        noise = gumbel_noise(slots.seeds[rows], slots.generated[rows], logits.shape[1])
+        tokens = torch.where(cold, tokens, (warm + noise).argmax(-1))
+    if mode.penalty:
+        assert slots.seen is not None
+        lanes = slots.numbers[rows]
+        running = (slots.status[rows] == RUNNING) & valid
+        slots.seen[lanes, tokens] = slots.seen[lanes, tokens] | running
+    return tokens, valid
+
+
+def unpack(bits: Tensor, width: int) -> Tensor:
+    """int32 [n, ceil(width / 32)], lowest bit first -> bool [n, width]."""
+    shift = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return ((bits[:, :, None] >> shift) & 1).bool().flatten(1)[:, :width]

@@ -1,0 +1,281 @@
+"""Which work runs next: fed prefixes and groups become batches that fit lanes, places and tokens.
+
+Order is the planner's. A batch is admitted when it is worth a prefill; until then decoding goes on.
+Knows extents and sequences; no tensor, no model.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.engine.extents import Extent, ExtentPool
+from pipeline.engine.sequence import Sequence, failed
+from pipeline.errors import RowError
+from pipeline.rows import Completion, Group, PlacedImage, Prefix, Request
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """A run of prompt tokens to compute: `tokens[start:stop)` of a prompt, written to `extent`."""
+
+    tokens: np.ndarray
+    positions: np.ndarray  # [axes, T] of the whole prompt
+    start: int
+    stop: int
+    extent: Extent
+    earlier: tuple[tuple[int, int], ...]
+    images: tuple[tuple[PlacedImage, Any], ...]  # with their pixels
+    sequence: Sequence | None = None  # None: shared, nothing is drawn after it
+    owner: PrefixWork | GroupWork | None = None  # of a shared piece
+    work: GroupWork | None = None  # of a group's piece
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(slots=True, eq=False)
+class PrefixWork:
+    """The current prefix: its range, and the piece that is still to be computed."""
+
+    prefix: Prefix
+    extent: Extent
+    piece: Piece | None
+    error: RowError | None = None
+
+    def same_as(self, prefix: Prefix) -> bool:
+        mine, theirs = self.prefix, prefix
+        digests = [[(i.start, i.image.digest) for i in p.images] for p in (mine, theirs)]
+        return digests[0] == digests[1] and np.array_equal(mine.tokens, theirs.tokens)
+
+
+@dataclass(slots=True, eq=False)
+class GroupWork:
+    """A fed group: what is left of it, and the range that its requests share."""
+
+    group: Group
+    pixels: tuple[Any, ...]
+    prefix: PrefixWork | None
+    waiting: deque[Request] = field(default_factory=deque)
+    shared: Extent | None = None  # taken with the first request
+    release: Any = None  # gives the fed images back
+    error: RowError | None = None  # its shared tokens could not be computed
+
+    def images_of(self, request: Request) -> tuple[tuple[PlacedImage, Any], ...]:
+        """The request's own images, each with its pixels or its RowError."""
+        group, found = self.group, []
+        pixels = dict(zip(map(_identity, group.images), self.pixels, strict=True))
+        for image in request.images:
+            if image.start >= group.num_shared_tokens:
+                found.append((image, pixels[_identity(image)]))
+        return tuple(found)
+
+    def shared_images(self) -> tuple[tuple[PlacedImage, Any], ...]:
+        pairs = zip(self.group.images, self.pixels, strict=True)
+        limit = self.group.num_shared_tokens
+        first = {id(i) for i in self.group.requests[0].images}
+        return tuple((i, p) for i, p in pairs if i.start < limit and id(i) in first)
+
+
+def _identity(image: PlacedImage) -> tuple[Any, ...]:
+    return image.start, image.image.digest, image.layout
+
+
+class Scheduler:
+    """Turns fed work into batches of units; hands out lanes and cache ranges."""
+
+    def __init__(self, pool: ExtentPool, num_slots: int, prefill_tokens: int) -> None:
+        self.pool = pool
+        self.prefill_tokens = prefill_tokens
+        self.free_lanes = list(range(num_slots))  # a heap: low lanes first
+        self.num_slots = num_slots
+        self.prefix: PrefixWork | None = None
+        self.waiting: deque[GroupWork] = deque()
+        self.rejected: list[Completion] = []
+        self._to_release: list[Any] = []
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return sum(w.group.num_prefill_tokens for w in self.waiting)
+
+    def add_prefix(self, prefix: Prefix, pixels: Seq[Any], release: Any) -> None:
+        """Make `prefix` the current one for the groups that follow."""
+        if self.prefix is not None and self.prefix.same_as(prefix):
+            release()
+            return
+        old, self.prefix = self.prefix, None
+        if old is not None:
+            self.pool.give(old.extent)
+        if len(prefix.tokens) == 0:
+            release()
+            return
+        images = tuple(zip(prefix.images, pixels, strict=True))
+        error = next((p for _, p in images if isinstance(p, RowError)), None)
+        extent = None if error else self.pool.take(len(prefix.tokens))
+        if extent is None:
+            error = error or RowError("out_of_memory", "The shared prefix does not fit the cache.")
+            self.prefix = PrefixWork(prefix, Extent(0, 0), None, error)
+            release()
+            return
+        self.prefix = PrefixWork(prefix, extent, None)
+        self.prefix.piece = Piece(
+            prefix.tokens, prefix.positions, 0, len(prefix.tokens), extent, (), images,
+            owner=self.prefix,
+        )  # fmt: skip
+        self._to_release.append(release)
+
+    def add_group(self, group: Group, pixels: Seq[Any], release: Any) -> None:
+        have = len(self.prefix.prefix.tokens) if self.prefix is not None else 0
+        if group.num_prefix_tokens not in (0, have):
+            raise ValueError(f"a group counts on {group.num_prefix_tokens} prefix tokens, not {have}")
+        work = GroupWork(group, tuple(pixels), self.prefix, deque(group.requests), None, release)
+        self.waiting.append(work)
+        if self.prefix is not None and group.num_prefix_tokens:
+            self.prefix.extent.num_users += 1
+
+    def next_batch(self, flush: bool) -> list[Piece]:
+        """Pieces of one prefill in their order, or none when it is better to decode on.
+
+        `flush`: no more work will be fed soon, so that a small batch is worth it.
+        """
+        pieces: list[Piece] = []
+        if not self.waiting or not (flush or self._worth_it()):
+            return pieces
+        budget = self.prefill_tokens
+        while self.waiting and self.free_lanes and budget > 0:
+            admitted = self._admit(self.waiting[0], budget, alone=not pieces)
+            pieces += admitted
+            budget -= sum(p.num_tokens for p in admitted)
+            if self.waiting[0].waiting:
+                break
+            self._drop(self.waiting.popleft())
+        return pieces
+
+    def reject_stuck(self) -> None:
+        """Nothing runs and nothing fits: the first waiting request never will."""
+        work = self.waiting[0]
+        error = RowError("out_of_memory", "The row needs more places than the cache has.")
+        self.rejected.append(failed(work.waiting.popleft(), error))
+        if not work.waiting:
+            self._drop(self.waiting.popleft())
+
+    def _worth_it(self) -> bool:
+        """Enough waits, and enough lanes are free, for a batch near its full size."""
+        tokens, requests = 0, 0
+        for work in self.waiting:
+            tokens += work.group.num_prefill_tokens
+            requests += len(work.waiting)
+            if tokens >= self.prefill_tokens * 3 // 4:
+                return len(self.free_lanes) >= min(requests, max(1, self.num_slots // 8))
+        return False
+
+    def _admit(self, work: GroupWork, budget: int, alone: bool) -> list[Piece]:
+        """Pieces of as many of the group's requests as fit; rejects those that never will."""
+        error = self._group_error(work)
+        if error is not None:
+            self.rejected += [failed(r, error) for r in work.waiting]
+            work.waiting.clear()
+            return []
+        pieces = self._base_pieces(work)
+        if pieces is None:
+            return []
+        budget -= sum(p.num_tokens for p in pieces)
+        while work.waiting and self.free_lanes:
+            request = work.waiting[0]
+            own = request.num_tokens - work.group.num_shared_tokens
+            if own > budget and not alone:
+                break
+            error = self._own_error(work, request)
+            if error is not None:
+                self.rejected.append(failed(work.waiting.popleft(), error))
+                continue
+            extent = self.pool.take(own + request.sampling.max_new_tokens)
+            if extent is None:
+                break
+            pieces.append(self._own_piece(work, work.waiting.popleft(), extent))
+            budget -= own
+            alone = False
+        return pieces
+
+    def _group_error(self, work: GroupWork) -> RowError | None:
+        if work.group.num_prefix_tokens and (work.prefix is None or work.prefix.error):
+    XX((p for _, p in work.shared_images() if isinstance(p, RowError)), None)
+
+    def _base_pieces(self, work: GroupWork) -> list[Piece] | None:
+        """Prefix and shared pieces that are still to be computed; None when there is no room."""
+        pieces = []
+        group = work.group
+        length = group.num_shared_tokens - group.num_prefix_tokens
+        if work.shared is None:
+            extent = self.pool.take(length)
+            if extent is None:
+                return None
+            work.shared = extent
+            if length:
+                pieces.append(self._shared_piece(work, extent))
+        if group.num_prefix_tokens and work.prefix is not None and work.prefix.piece is not None:
+            pieces.insert(0, work.prefix.piece)
+            work.prefix.piece = None
+        return pieces
+
+    def _shared_piece(self, work: GroupWork, extent: Extent) -> Piece:
+        group, first = work.group, work.group.requests[0]
+        return Piece(
+            first.tokens, first.positions, group.num_prefix_tokens, group.num_shared_tokens,
+            extent, self._prefix_segment(work), work.shared_images(), owner=work, work=work,
+        )  # fmt: skip
+
+    def _prefix_segment(self, work: GroupWork) -> tuple[tuple[int, int], ...]:
+        if not work.group.num_prefix_tokens or work.prefix is None:
+            return ()
+        extent = work.prefix.extent
+        return ((extent.start, work.group.num_prefix_tokens),)
+
+    def _own_error(self, work: GroupWork, request: Request) -> RowError | None:
+        error = next((p for _, p in work.images_of(request) if isinstance(p, RowError)), None)
+        needed = request.num_tokens + request.sampling.max_new_tokens
+        if error is None and needed > self.pool.size:
+            error = RowError("out_of_memory", f"The row needs {needed} cache places.")
+        return error
+
+    def _own_piece(self, work: GroupWork, request: Request, extent: Extent) -> Piece:
+        shared = []
+        if work.group.num_prefix_tokens and work.prefix is not None:
+            shared.append(work.prefix.extent)
+        if work.shared is not None and work.shared.length:
+            shared.append(work.shared)
+        for e in shared:
+            e.num_users += 1
+        cached = sum(e.length for e in shared)
+        sequence = Sequence(request, extent, tuple(shared), cached, heapq.heappop(self.free_lanes))
+        return Piece(
+            request.tokens, request.positions, work.group.num_shared_tokens, request.num_tokens,
+            extent, sequence.segments, work.images_of(request), sequence, work=work,
+        )  # fmt: skip
+
+    def _drop(self, work: GroupWork) -> None:
+        """The group is wholly admitted: its own hold on ranges and images ends."""
+        if work.shared is not None:
+            self.pool.give(work.shared)
+        if work.group.num_prefix_tokens and work.prefix is not None:
+            if work.prefix.error is None:
+                self.pool.give(work.prefix.extent)
+        self._to_release.append(work.release)
+
+    def releases(self) -> list[Any]:
+        """Callbacks that give back images which no unit needs any more, once it has run."""
+        found, self._to_release = self._to_release, []
+        return found
+
+    def retire(self, sequence: Sequence) -> None:
+        """The sequence ended: its lane and ranges are free."""
+        heapq.heappush(self.free_lanes, sequence.lane)
+        self.pool.give(sequence.own)
+        for extent in sequence.shared:
+            self.pool.give(extent)

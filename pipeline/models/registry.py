@@ -1,0 +1,89 @@
+"""Which family a checkpoint belongs to, judged by its plain config.json.
+
+One line a family; a spec is imported only when its turn comes. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.family import Family
+from pipeline.settings import ModelSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One family of the table; `weights_gb` is the example's size in bfloat16."""
+
+    name: str
+    spec: str
+    example: str
+    templates: tuple[str, ...]
+    weights_gb: float | None
+    takes: tuple[str, ...] = ("image",)
+    fused: bool = True
+
+
+_GENERIC = Entry(
+    name="generic",
+    spec="pipeline.models.families.generic.spec",
+    example="any image-text-to-text model of transformers",
+    templates=("auto",),
+    weights_gb=None,
+    fused=False,
+)
+FAMILIES = (
+    Entry(
+        name="qwen-vl",
+        spec="pipeline.models.families.qwen_vl.spec",
+        example="Qwen/Qwen2.5-VL-7B-Instruct",
+        templates=("qwen2-vl",),
+        weights_gb=16.6,
+    ),
+    _GENERIC,  # last: it takes what no family of ours does
+)
+
+
+def list_families() -> list[dict[str, Any]]:
+    """The table that `vlm-batch models` prints."""
+    return [
+        {
+            "family": entry.name,
+            "example": entry.example,
+            "templates": list(entry.templates),
+            "takes": list(entry.takes),
+            "fused": entry.fused,
+            "weights_gb": entry.weights_gb,
+        }
+        for entry in FAMILIES
+    ]
+
+
+def family_for(checkpoint: Checkpoint, settings: ModelSettings) -> Family:
+    """The family of `checkpoint`. Raises UserError where none fits, or the template does not."""
+    for entry in FAMILIES:
+        spec = import_module(entry.spec)
+        if spec.matches(checkpoint.config):
+            _check_template(settings.chat_template, entry)
+            family: Family = spec.build(checkpoint, settings)
+            return family
+    config = checkpoint.config
+    raise UserError(
+        f"model.id {settings.id!r}: no model family fits its config.json"
+        f" (model_type {config.get('model_type')!r}, architectures {config.get('architectures')});"
+        " `vlm-batch models` lists them"
+    )
+
+
+def _check_template(wanted: str, entry: Entry) -> None:
+    if wanted in ("auto", *entry.templates):
+        return
+    right = " or ".join(repr(name) for name in dict.fromkeys([*entry.templates, "auto"]))
+    raise UserError(
+        f"model.chat_template {wanted!r} is not the template of this {entry.name} model;"
+        f" write {right}"
+    )

@@ -1,0 +1,95 @@
+"""One measured point as one JSON object: where it was measured, and the committed file of them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).parent / "results.jsonl"
+
+
+def append(row: dict[str, Any], path: Path = FILE) -> None:
+    """Add the row as one line, and print it as the last line of stdout."""
+    line = json.dumps(row, sort_keys=False)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """Who measured: commit, date, machine, versions, command."""
+    return {
+        "commit": os.environ.get("VLM_BENCH_COMMIT")
+        or _output("git", "rev-parse", "--short=10", "HEAD"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+        **_device(device),
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "transformers": _version("transformers"),
+        "command": " ".join(["scripts/bench.py", *sys.argv[1:]]),
+    }
+
+
+def peak_memory(device: str) -> dict[str, float]:
+    """Gigabytes at most: of this process and its dead children, and of the device."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    found = {"host_gb": round(max(own, children) / 2**20, 2)}
+    if device.startswith("cuda"):
+        import torch
+
+        found["device_gb"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+    return found
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """The 20th, 50th and 80th percentile: nearest of the values, so no number is invented."""
+    ordered = sorted(values)
+    return {
+        f"p{share}": round(ordered[round(share / 100 * (len(ordered) - 1))], 3)
+        for share in (20, 50, 80)
+    }
+
+
+def _device(device: str) -> dict[str, Any]:
+    if not device.startswith("cuda"):
+        return {"device": _cpu_name(), "cores": os.cpu_count()}
+    import torch
+
+    query = ("--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": _output("nvidia-smi", *query).splitlines()[0],
+        "cores": os.cpu_count(),
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
