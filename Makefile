@@ -12,7 +12,7 @@ OUT    ?= out/demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help venv demo test test-slow test-crash lint format types bench wheel clean
+.PHONY: help venv demo test test-slow test-crash lint format types docs bench wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -45,6 +45,9 @@ format: $(STAMP) ## rewrite the files as ruff would
 
 types: $(STAMP) ## mypy
 	$(BIN)/mypy
+
+docs: $(STAMP) ## rewrite the tables in the Markdown files
+	$(BIN)/python scripts/write_docs.py
 
 bench: $(STAMP) ## the benchmark with the model that ships, on this machine
 	$(BIN)/python scripts/bench.py --model demo --work caption --rows 64

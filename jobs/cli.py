@@ -131,10 +131,5 @@ def _complain(sentence: str, code: int) -> int:
     return code
 
 
-def entry() -> None:
-    """Console script."""
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

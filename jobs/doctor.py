@@ -17,13 +17,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-NEEDED = ("torch", "pyarrow", "pillow", "tokenizers", "safetensors", "pydantic", "click", "numpy")
-OPTIONAL = ("triton", "transformers", "datasets", "huggingface_hub", "s3fs", "llguidance")
+NEEDED = (
+    "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "pillow", "datasets",
+    "huggingface-hub", "llguidance", "numpy",
+)  # fmt: skip
+OPTIONAL = {
+    "s3fs": "for s3:// addresses",
+    "gcsfs": "for gs:// addresses",
+    "av": "for videos",
+    "soundfile": "for audio",
+}
 
 _ASK_TORCH = """
 import json, torch
 cuda = torch.cuda.is_available()
-devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if cuda else []
+count = torch.cuda.device_count() if cuda else 0
+devices = [torch.cuda.get_device_properties(i) for i in range(count)]
 print(json.dumps({
     "version": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads(),
     "devices": [{"name": d.name, "gib": round(d.total_memory / 2**30, 1),
@@ -45,8 +54,8 @@ class Check:
 def examine(torch_timeout_sec: float = 120.0) -> list[Check]:
     """All checks, cheap ones first."""
     checks = [_python(), _neighbours()]
-    checks += [_package(name, needed=True) for name in NEEDED]
-    checks += [_package(name, needed=False) for name in OPTIONAL]
+    checks += [_package(name) for name in NEEDED]
+    checks += [_package(name, purpose) for name, purpose in OPTIONAL.items()]
     checks += [_cores(), _memory(), _shared_memory(), _temporary(), _open_files()]
     checks += _torch(torch_timeout_sec)
     return checks
@@ -59,8 +68,8 @@ def report(checks: list[Check]) -> dict[str, Any]:
 
 def _python() -> Check:
     found = f"{platform.python_version()} at {sys.executable}"
-    ok = sys.version_info >= (3, 10)
-    return Check("python", "ok" if ok else "bad", found, "" if ok else "Use Python 3.10 or newer.")
+    ok = sys.version_info >= (3, 11)
+    return Check("python", "ok" if ok else "bad", found, "" if ok else "Use Python 3.11 or newer.")
 
 
 def _neighbours() -> Check:
@@ -68,12 +77,13 @@ def _neighbours() -> Check:
     return Check("installed in", "ok", str(folder))
 
 
-def _package(name: str, needed: bool) -> Check:
+def _package(name: str, optional_for: str = "") -> Check:
     try:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        state = "bad" if needed else "warn"
-        return Check(name, state, "not installed", f"pip install {name}")
+        state = "warn" if optional_for else "bad"
+        advice = f"pip install {name} {optional_for and '# ' + optional_for}".rstrip()
+        return Check(name, state, "not installed", advice)
 
 
 def _cores() -> Check:
@@ -104,7 +114,9 @@ def _temporary() -> Check:
     few = free < 2
     advice = "Images of running shards are spooled here; set TMPDIR to a larger disk."
     return Check(
-        "temporary files", "warn" if few else "ok", f"{free:.1f} GiB free in {folder}",
+        "temporary files",
+        "warn" if few else "ok",
+        f"{free:.1f} GiB free in {folder}",
         advice if few else "",
     )
 
@@ -138,9 +150,10 @@ def _torch(timeout_sec: float) -> list[Check]:
 
 
 def _no_gpu() -> Check:
-    if shutil.which("nvidia-smi") and not subprocess.run(
-        ["nvidia-smi", "-L"], capture_output=True, check=False
-    ).returncode:
+    if (
+        shutil.which("nvidia-smi")
+        and not subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode
+    ):
         advice = "There is a GPU that torch cannot use: install a CUDA build of torch."
         return Check("gpu", "bad", "not usable", advice)
     return Check("gpu", "warn", "none", "Runs on the CPU: right for `model.id: demo` and tests.")

@@ -6,6 +6,7 @@ Knows the config's keys as text only; `jobs.config` checks what was written.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 ID_NAMES = ("id", "row_id", "key", "uid", "uuid", "image_id", "__key__", "name")
 IMAGE_NAMES = ("image", "images", "img", "jpg", "png", "image_bytes", "image_path", "image_url")
 MESSAGE_NAMES = ("messages", "conversations")
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*( [A-Za-z0-9_./-]+)*[.]?")
+_RESERVED = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
 SUFFIXES = {".parquet": "parquet", ".jsonl": "openai", ".tar": "webdataset"}
 
 
@@ -118,5 +121,4 @@ def _column(key: str, value: str | None, comment: str) -> list[str]:
 def _text(value: Any) -> str:
     """A JSON string is a YAML string; plain words stay without quotes."""
     text = str(value)
-    plain = text.replace("/", "").replace(".", "").replace("-", "").replace("_", "")
-    return text if plain.isalnum() and not text[0].isdigit() else json.dumps(text)
+    return text if _PLAIN.fullmatch(text) and text.lower() not in _RESERVED else json.dumps(text)

@@ -185,7 +185,10 @@ def visible_devices() -> list[str]:
     try:
         answer = subprocess.run(
             ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=GRACE_SEC, check=True,
+            capture_output=True,
+            text=True,
+            timeout=GRACE_SEC,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return []

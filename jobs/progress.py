@@ -34,9 +34,7 @@ class Counts:
 class Progress:
     """Rows done of `total_rows`; `done_rows` were done before this run."""
 
-    def __init__(
-        self, total_rows: int, done_rows: int = 0, stream: TextIO | None = None
-    ) -> None:
+    def __init__(self, total_rows: int, done_rows: int = 0, stream: TextIO | None = None) -> None:
         self.total_rows = total_rows
         self.done_before = done_rows
         self.counts = Counts()
@@ -46,7 +44,7 @@ class Progress:
         self._began = time.monotonic()
         self._samples: deque[tuple[float, int, int]] = deque([(self._began, 0, 0)])
         self._closed = threading.Event()
-        self._bar = self._open_bar() if self._stream.isatty() else None
+        self._bar: Any = self._open_bar() if self._stream.isatty() else None
         self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
         self._thread.start()
 

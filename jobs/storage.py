@@ -91,10 +91,11 @@ class Storage(Protocol):
     def publish_exclusive(self, local: Path, name: str) -> bool:
         """Make a finished local file visible under a name that must not exist; consumes it."""
 
-    def publish_replace(self, local: Path, name: str) -> bool:
-        """Make a finished local file visible in place of what is there, if it is still there.
+    def publish_replace(self, local: Path, name: str, token: str | None = None) -> bool:
+        """Make a finished local file visible in place of what is there.
 
-        False when `local` is gone: another process has already moved it.
+        On a local filesystem False when `local` is gone: another process has already moved it. On
+        an object store False when the object is no longer the one of `token`.
         """
 
     def delete(self, name: str) -> None:
@@ -106,6 +107,9 @@ class Storage(Protocol):
     def make_private(self, name: str) -> Path:
         """A local path for a file that `publish_*` will take, on the right filesystem."""
 
+    def sync_file(self, path: Path) -> None:
+        """Bring a closed private file's content to the disk. Raises: StorageError."""
+
     def check_writable(self) -> None:
         """Raises: UserError when the folder cannot be made or written."""
 
@@ -115,7 +119,9 @@ def is_transient(error: OSError) -> bool:
     return isinstance(error, TimeoutError) or error.errno in TRANSIENT_ERRNOS
 
 
-def retrying(what: str, operation: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
+def retrying(
+    what: str, operation: Callable[[], T], sleep: Callable[[float], None] = time.sleep
+) -> T:
     """Run an operation that may be repeated; wait longer and longer while its errors are transient.
 
     Raises: StorageError after the last try; any error that is not transient at once.

@@ -101,7 +101,7 @@ class LocalStorage:
         local.unlink(missing_ok=True)
         return made
 
-    def publish_replace(self, local: Path, name: str) -> bool:
+    def publish_replace(self, local: Path, name: str, token: str | None = None) -> bool:
         def operation() -> bool:
             try:
                 os.replace(local, self.url(name))
@@ -126,7 +126,8 @@ class LocalStorage:
 
     def make_private(self, name: str) -> Path:
         path = Path(self.url(name))
-        self._guard(f"creating {path.parent}", lambda: path.parent.mkdir(parents=True, exist_ok=True))
+        if not path.parent.is_dir():
+            self._guard(f"creating {path.parent}", lambda: os.makedirs(path.parent, exist_ok=True))
         return path
 
     def sync_file(self, path: Path) -> None:
@@ -156,7 +157,9 @@ class LocalStorage:
     def _write_private(self, name: str, data: bytes) -> Path:
         """A synced private file, on the same filesystem, that holds `data`."""
         label = name.replace("/", "_")
-        private = self.make_private(f"tmp/{label}.{os.getpid()}.{next(self._counter)}.{_nonce()}.tmp")
+        private = self.make_private(
+            f"tmp/{label}.{os.getpid()}.{next(self._counter)}.{_nonce()}.tmp"
+        )
 
         def operation() -> None:
             fault("storage.write")

@@ -26,7 +26,7 @@ class PipeProgress:
     """The worker's side of `Progress`: sends what it is told to the runner."""
 
     def __init__(self, fd: int) -> None:
-        self._pipe = open(fd, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._pipe = open(fd, "w", encoding="utf-8", buffering=1)
         self._lock = threading.Lock()
         self._pending = Counts()
         self._closed = threading.Event()

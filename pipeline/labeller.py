@@ -6,8 +6,11 @@ folder, no lease and no retry.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -56,9 +59,9 @@ class Labeller:
             self.engine = GenericEngine(self.checkpoint, self.family, settings, device)
         self.planner = Planner(settings.engine, shares=self.family.fused)
         self.plan_stats = PlanStats()
-        self._early: list[Answer] = []  # answers that need no engine
-        self._open: dict[str, int] = {}  # requests of a shard still out
-        self._stops = {}  # type: ignore[var-annotated]
+        self._early: deque[Answer] = deque()  # answers that need no engine
+        self._endings: dict[RequestKey, tuple[tuple[str, ...], bool]] = {}  # stops, has a schema
+        self._open = OpenShards(self.spool)
 
     def label(self, shards: Iterable[ShardWork]) -> Iterator[Answer]:
         """Yield one answer for each prompt of each row that is not done, in any order.
@@ -89,7 +92,9 @@ class Labeller:
         self.spool.close()
 
     def _items(self, shards: Iterable[ShardWork]) -> Iterator[Prefix | Group]:
+        """Runs in the feeder's thread."""
         for work in shards:
+            self._open.begin(work.shard)
             window: list[Request] = []
             for row in work.rows:
                 for made in self.preparer.prepare(work.shard, row, work.done):
@@ -101,29 +106,29 @@ class Labeller:
                     yield from self._plan(window)
                     window = []
             yield from self._plan(window)
+            self._open.all_planned(work.shard)
 
     def _plan(self, window: list[Request]) -> Iterator[Prefix | Group]:
         for request in window:
-            shard = request.key.shard
-            self._open[shard] = self._open.get(shard, 0) + 1
-            if request.sampling.stop:
-                self._stops[request.key] = request.sampling.stop
+            self._open.add(request.key.shard)
+            if request.sampling.stop or request.schema:
+                self._endings[request.key] = (request.sampling.stop, request.schema is not None)
         plan = self.planner.plan(window)
         self.plan_stats.add(plan.stats)
         yield from plan.items
 
     def _take_early(self) -> Iterator[Answer]:
-        early, self._early = self._early, []
-        yield from early
+        while self._early:
+            yield self._early.popleft()
 
     def _answer(self, completion: Completion) -> Answer:
         key = completion.key
-        self._close_shard(key)
-        stops = self._stops.pop(key, ())
+        self._open.remove(key.shard)
+        stops, guided = self._endings.pop(key, ((), False))
         if completion.error is not None:
             return Answer.failed(key, completion.error)
         text = _cut(self.tokenizer.decode(completion.output_ids), stops)
-        error = self.preparer.check_answer(key, text, completion.finish_reason)
+        error = _schema_error(text, completion.finish_reason) if guided else None
         return Answer(
             key=key,
             text=text,
@@ -135,11 +140,46 @@ class Labeller:
             error=str(error) if error else None,
         )
 
-    def _close_shard(self, key: RequestKey) -> None:
-        """Forget a shard's spooled images with its last answer so far."""
-        self._open[key.shard] -= 1
-        if self._open[key.shard] == 0:
-            del self._open[key.shard]
+
+class OpenShards:
+    """Counts each shard's requests that are still out; with the last, its images are forgotten.
+
+    Counted up in the feeder's thread and down in the engine's.
+    """
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._counts: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, shard: str) -> None:
+        self.add(shard)  # held until the whole shard is planned
+
+    def add(self, shard: str) -> None:
+        with self._lock:
+            self._counts[shard] = self._counts.get(shard, 0) + 1
+
+    def all_planned(self, shard: str) -> None:
+        self.remove(shard)
+
+    def remove(self, shard: str) -> None:
+        with self._lock:
+            self._counts[shard] -= 1
+            last = self._counts[shard] == 0
+            if last:
+                del self._counts[shard]
+        if last:
+            self._spool.forget(shard)
+
+
+def _schema_error(text: str, finish_reason: str) -> RowError | None:
+    if finish_reason == "length":
+        return RowError("schema_invalid", "The answer was cut off before its JSON was complete.")
+    try:
+        json.loads(text)
+    except ValueError as error:
+        return RowError("schema_invalid", f"The answer is no JSON: {error}")
+    return None
 
 
 def _cut(text: str, stops: tuple[str, ...]) -> str:
@@ -154,6 +194,3 @@ def _num_workers(settings: LabelSettings, on_cpu: bool) -> int:
         return settings.engine.workers
     cores = len(os.sched_getaffinity(0))
     return 1 if on_cpu else max(1, min(MAX_WORKERS, cores - 2))
-
-
-__all__ = ["Labeller", "RowError"]

@@ -34,6 +34,7 @@ from pipeline.rows import (
 from pipeline.settings import GenerationSettings, LabelSettings, PromptSettings
 from pipeline.tokenizer import Tokenizer
 
+_ROW_TROUBLE = (RowError, ValueError, TypeError, OverflowError)  # text that no tokenizer takes
 MESSAGES_PROMPT = "answer"  # the prompt's name where the rows bring messages
 
 
@@ -86,10 +87,8 @@ class Preparer:
             return
         try:
             requests = self._row_requests(shard, row, wanted)
-        except RowError as error:
-            requests = [Answer.failed(RequestKey(shard, row.index, n), error) for n in wanted]
-        except (ValueError, TypeError, OverflowError) as error:
-            failure = RowError("prepare_error", f"{type(error).__name__}: {error}")
+        except _ROW_TROUBLE as error:
+            failure = _row_error(error)
             requests = [Answer.failed(RequestKey(shard, row.index, n), failure) for n in wanted]
         yield from requests
 
@@ -113,8 +112,8 @@ class Preparer:
             text = self._texts[name].fill(row.columns)
             turns = prompt_turns(text, len(stored), self._settings.system)
             return self._request(key, row, turns, stored)
-        except RowError as error:
-            return Answer.failed(key, error)
+        except _ROW_TROUBLE as error:
+            return Answer.failed(key, _row_error(error))
 
     def _images(
         self, shard: str, refs: Sequence[ImageRef]
@@ -168,6 +167,12 @@ class Preparer:
                 f"The prompt's {len(tokens)} tokens and {sampling.max_new_tokens} for the answer"
                 f" exceed the context of {self._context}.",
             )
+
+
+def _row_error(error: Exception) -> RowError:
+    if isinstance(error, RowError):
+        return error
+    return RowError("prepare_error", f"{type(error).__name__}: {error}")
 
 
 def sampling_params(

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import RowError, UserError
 from pipeline.rows import ImageRef, Row, Turn
+from pipeline.settings import LabelSettings
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _NAME = re.compile(r"[^{}!:.\[\]\s\"',][^{}!:.\[\]\"',]*")
@@ -77,6 +78,15 @@ class PromptText:
         return str(value)
 
 
+def prompt_columns(settings: LabelSettings) -> tuple[str, ...]:
+    """Columns that the job's prompts and messages read, for `open_source`."""
+    texts = (PromptText(name, prompt.text) for name, prompt in settings.prompts.items())
+    columns = [column for text in texts for column in text.columns]
+    if settings.input.messages is not None:
+        columns = [settings.input.messages]
+    return tuple(dict.fromkeys(columns))
+
+
 def prompt_turns(text: str, num_images: int, system: str | None) -> tuple[Turn, ...]:
     """System text, then one user turn: the images in order, then the text."""
     user = Turn("user", (*range(num_images), text))
@@ -124,7 +134,7 @@ class _Messages:
     def turn(self, message: Any) -> Turn:
         if not isinstance(message, Mapping):
             raise RowError("bad_messages", "A turn is no mapping with role and content.")
-        role = _ROLES.get(message.get("role", ""))
+        role = _ROLES.get(str(message.get("role")))
         if role is None:
             raise RowError("bad_messages", f"Role {message.get('role')!r} is not supported.")
         content = message.get("content")

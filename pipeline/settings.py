@@ -20,28 +20,34 @@ class ModelSettings(Settings):
     """Which checkpoint answers, and how it is loaded."""
 
     id: str = Field(description="Hub id, local folder, or `demo`, the model that ships.")
-    revision: str = "main"
+    revision: str = Field("main", description="A hub id's revision; resolved and recorded.")
     chat_template: str = Field("auto", description="`auto`, or a template's public name.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    quantization: Literal["none", "fp8"] = "none"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="`auto` is bfloat16 on a GPU and float32 on a CPU."
+    )
+    quantization: Literal["none", "fp8"] = Field("none", description="none or fp8.")
     max_pixels: int | None = Field(None, ge=1, description="Pixels an image is resized to at most.")
-    min_pixels: int | None = Field(None, ge=1)
+    min_pixels: int | None = Field(None, ge=1, description="Pixels an image has at least.")
 
 
 class InputSettings(Settings):
     """Where rows come from and which columns mean what."""
 
-    source: Literal["parquet", "hf", "webdataset", "openai", "folder"] = "parquet"
-    path: str | tuple[str, ...] = Field(description="Path, glob or fsspec address; dataset id for hf.")
+    source: Literal["parquet", "hf", "webdataset", "openai", "folder"] = Field(
+        "parquet", description="parquet, hf, webdataset, openai or folder."
+    )
+    path: str | tuple[str, ...] = Field(
+        description="Path, glob or fsspec address; dataset id for hf."
+    )
     name: str | None = Field(None, description="hf: the dataset's configuration.")
     split: str = Field("train", description="hf: the split.")
     revision: str | None = Field(None, description="hf: the dataset's revision.")
     streaming: bool = Field(True, description="hf: read without a full download.")
     id: str | None = Field(None, description="Id column; default is file and row number.")
     image: str | None = Field("image", description="Image column; null for text-only rows.")
-    video: str | None = None
-    audio: str | None = None
-    keep: tuple[str, ...] = ()
+    video: str | None = Field(None, description="Video column.")
+    audio: str | None = Field(None, description="Audio column.")
+    keep: tuple[str, ...] = Field((), description="Columns carried into the output.")
     messages: str | None = Field(None, description="Column of OpenAI-style turns.")
     base_path: str | None = Field(None, description="Folder that relative image paths start from.")
     limit: int | None = Field(None, ge=1, description="Read only the first rows.")
@@ -49,17 +55,17 @@ class InputSettings(Settings):
     max_bytes: int = Field(64 << 20, ge=1, description="Encoded bytes of an image at most.")
     max_images: int = Field(64, ge=1, description="Images of one row at most.")
     remote: bool = Field(False, description="Fetch http(s) image addresses.")
-    remote_timeout_sec: float = Field(20.0, gt=0)
+    remote_timeout_sec: float = Field(20.0, gt=0, description="Patience with one address.")
 
 
 class PromptSettings(Settings):
     """One prompt, answered in the column of its name."""
 
-    text: str
+    text: str = Field(description="The question; {column} is filled from the row.")
     schema_: dict[str, Any] | str | None = Field(
         None, alias="schema", description="JSON schema, or a path to one."
     )
-    max_new_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1, description="Limit of this prompt's answers.")
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True
@@ -69,15 +75,21 @@ class PromptSettings(Settings):
 class GenerationSettings(Settings):
     """How answers are drawn; a key left out falls back to the checkpoint's generation_config."""
 
-    max_new_tokens: int = Field(128, ge=1)
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-    ignore_eos: bool = False
+    max_new_tokens: int = Field(128, ge=1, description="Tokens of an answer at most.")
+    temperature: float | None = Field(None, ge=0, description="0 always takes the likeliest token.")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="Draw from the likeliest tokens of this much; 1 is all."
+    )
+    top_k: int | None = Field(None, ge=0, description="Draw from this many tokens; 0 is all.")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Drop tokens below this share of the likeliest; 0 drops none."
+    )
+    repetition_penalty: float | None = Field(
+        None, gt=0, description="Above 1 makes seen tokens less likely; 1 changes nothing."
+    )
+    stop: tuple[str, ...] = Field((), description="Texts that end an answer, not part of it.")
+    seed: int = Field(0, description="Makes each row's own seed, with the row's id.")
+    ignore_eos: bool = Field(False, description="Write max_new_tokens tokens whatever comes.")
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -89,16 +101,18 @@ class EngineSettings(Settings):
     """How the device is used; nothing here changes an answer but `deterministic`."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    memory_fraction: float = Field(0.9, gt=0, le=1)
+    memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="Share of the card's memory to take; 1 leaves nothing over."
+    )
     memory_limit_gb: float | None = Field(None, gt=0, description="Pretend the card has this much.")
-    decode_slots: int | Literal["auto"] = "auto"
-    prefill_tokens: int | Literal["auto"] = "auto"
+    decode_slots: int | Literal["auto"] = Field("auto", description="Answers written at once.")
+    prefill_tokens: int | Literal["auto"] = Field("auto", description="Tokens of a prefill batch.")
     workers: int | Literal["auto"] = Field("auto", description="Image decoding processes.")
     max_context: int | None = Field(None, ge=1, description="Prompt and answer tokens at most.")
     overlap: bool = Field(True, description="Prepare the next step while the device works.")
-    share_prefix: bool = True
-    share_images: bool = True
-    cuda_graphs: bool = True
+    share_prefix: bool = Field(True, description="Compute the tokens that all rows share once.")
+    share_images: bool = Field(True, description="Read an image once for all of its prompts.")
+    cuda_graphs: bool = Field(True, description="Decode by replaying a recorded step.")
     deterministic: bool = Field(False, description="Same text whatever the batch, bitwise.")
     threads: int | Literal["auto"] = Field("auto", description="CPU threads of the model.")
 
@@ -109,7 +123,7 @@ class LabelSettings(Settings):
     model: ModelSettings
     input: InputSettings
     prompts: dict[str, PromptSettings] = Field(default_factory=dict)
-    system: str | None = None
+    system: str | None = Field(None, description="System text; null keeps the template's own.")
     generation: GenerationSettings = Field(default_factory=GenerationSettings)  # type: ignore[arg-type]
     engine: EngineSettings = Field(default_factory=EngineSettings)  # type: ignore[arg-type]
 

@@ -21,7 +21,9 @@ from pipeline.errors import UserError
 @click.option("--prompt", "prompts", multiple=True, metavar="NAME=TEXT", help="May be repeated.")
 @click.option("--output", metavar="PATH", help="Run folder.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-def command(config: str, path: str | None, prompts: tuple[str, ...], force: bool, **flags: Any) -> None:
+def command(
+    config: str, path: str | None, prompts: tuple[str, ...], force: bool, **flags: Any
+) -> None:
     """Write a first config to CONFIG (default job.yaml): asks on a terminal, else takes flags."""
     from jobs.init import propose, render
 

@@ -70,6 +70,7 @@ class Engine:
         self._steps: deque[Step] = deque()
         self._mode = SamplerMode()
         self._fed = True  # more may come
+        self._num_failed_steps = 0
         self.draining = False
 
     @torch.inference_mode()
@@ -142,12 +143,19 @@ class Engine:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             if len(pieces) == 1:
-                self._fail_piece(pieces[0])
+                self._prefill_alone(pieces[0])
                 return
             self.scheduler.prefill_tokens = max(256, self.scheduler.prefill_tokens // 2)
             middle = len(pieces) // 2
             self._prefill(pieces[:middle])
             self._prefill([p for p in pieces[middle:] if not self._orphaned(p)])
+
+    def _prefill_alone(self, piece: Piece) -> None:
+        """Once more, now that cached memory was given back; then it fails."""
+        try:
+            self._run_prefill([piece])
+        except OUT_OF_MEMORY:
+            self._fail_piece(piece)
 
     def _run_prefill(self, pieces: list[Piece]) -> None:
         if not pieces:
@@ -245,17 +253,21 @@ class Engine:
         except OUT_OF_MEMORY:
             self._shrink()
             return
+        self._num_failed_steps = 0
         places = {lane: column for column, lane in enumerate(columns)}
         self._push([(places[lane], self.running[lane]) for lane in lanes], result)
         self.stats.num_steps += 1
         self.stats.num_lane_steps += self.slots.num_slots
 
     def _shrink(self) -> None:
-        """A step did not fit: without graphs it needs less; with none left, the last row fails."""
+        """A step did not fit: it is run again, then without graphs; then the last row fails."""
         self.stats.num_out_of_memory += 1
+        self._num_failed_steps += 1
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+        if self._num_failed_steps == 1:
+            return
         if self.decoder.graphs:
             self.decoder.graphs = False
             return

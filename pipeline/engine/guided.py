@@ -14,6 +14,9 @@ from torch import Tensor
 
 from pipeline.errors import RowError
 
+# NOTE: with free white space, a model can fill its whole answer with line breaks.
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 class Matcher:
     """Where one answer stands in its schema."""
@@ -28,6 +31,16 @@ class Matcher:
         if not self._matcher.is_stopped():  # type: ignore[attr-defined]
             self._matcher.unsafe_compute_mask_ptr(row.data_ptr(), 4 * len(row))  # type: ignore[attr-defined]
         return row
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is complete: nothing may follow."""
+        return bool(self._matcher.is_stopped())  # type: ignore[attr-defined]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the JSON is whole and nothing may follow it."""
+        return bool(self._matcher.is_stopped())  # type: ignore[attr-defined]
 
     def accept(self, token: int) -> None:
         if not self._matcher.is_stopped():  # type: ignore[attr-defined]
@@ -54,7 +67,7 @@ class Grammars:
         return Matcher(self._compiled(schema).deep_copy(), self._num_words)
 
     def _compile(self, schema: str):  # type: ignore[no-untyped-def]
-        grammar = self._lib.LLMatcher.grammar_from_json_schema(schema)
+        grammar = self._lib.LLMatcher.grammar_from_json_schema(schema, overrides=SPACING)
         matcher = self._lib.LLMatcher(self._tokenizer, grammar)
         if matcher.is_error():
             raise RowError("schema_invalid", f"The schema cannot be used: {matcher.get_error()}")

@@ -48,6 +48,10 @@ class Outcomes:
         sequence.output_ids.append(token)
         if sequence.grammar is not None:
             sequence.grammar.accept(token)
+            if sequence.grammar.complete:
+                return sequence.completion("stop")
+            if sequence.grammar.ended:
+                return sequence.completion("stop")
         if sequence.request.sampling.stop and self._stops(sequence):
             return sequence.completion("stop")
         return sequence.completion("length") if state == LENGTH else None

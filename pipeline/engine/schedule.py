@@ -204,8 +204,11 @@ class Scheduler:
         return pieces
 
     def _group_error(self, work: GroupWork) -> RowError | None:
-        if work.group.num_prefix_tokens and (work.prefix is None or work.prefix.error):
-    XX((p for _, p in work.shared_images() if isinstance(p, RowError)), None)
+        if work.error is not None:
+            return work.error
+        if work.group.num_prefix_tokens and work.prefix is not None and work.prefix.error:
+            return work.prefix.error
+        return next((p for _, p in work.shared_images() if isinstance(p, RowError)), None)
 
     def _base_pieces(self, work: GroupWork) -> list[Piece] | None:
         """Prefix and shared pieces that are still to be computed; None when there is no room."""

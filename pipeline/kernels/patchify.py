@@ -8,6 +8,7 @@ resize. Source: transformers' Qwen2VLImageProcessor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,11 +28,17 @@ def patchify(
     Arithmetic is the processor's in float32: `x * (1/255)`, minus the mean, over the deviation.
     """
     device = images[0].device
-    mean_row, std_row = (torch.tensor(x, dtype=torch.float32).to(device) for x in (mean, std))
+    mean_row, std_row = _constant(tuple(mean), device), _constant(tuple(std), device)
     blocks = torch.cat([_order(image, patch, merge) for image in images])  # [N, p, p, 3]
     pixels = (blocks.float() * (1.0 / 255.0) - mean_row) / std_row
     pixels = pixels.to(dtype).permute(0, 3, 1, 2)[:, :, None]
     return pixels.expand(-1, -1, temporal, -1, -1).reshape(len(blocks), -1)
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    # NOTE: made once; a copy from the host at each call would wait for the device.
+    return torch.tensor(values, dtype=torch.float32).to(device)
 
 
 def _order(image: Tensor, patch: int, merge: int) -> Tensor:

@@ -14,7 +14,13 @@ from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` [T, H, D] by the angles [T, R/2] of each token."""
+    """Rotate `x` [T, H, D] by the angles [T, R/2] of each token; heads may be strided."""
+    if use_triton(x) and x.stride(-1) == 1:
+        return _rotate_triton(x, cos.contiguous(), sin.contiguous())
+    return rotate_reference(x, cos, sin)
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     first, second = x[..., :half].float(), x[..., half : 2 * half].float()
     cos, sin = cos[:, None], sin[:, None]
@@ -55,6 +61,44 @@ def rope_and_cache_reference(
     k_cache[:, places] = turned[:, num_heads:].transpose(0, 1)
     v_cache[:, places] = heads[:, num_heads + num_kv_heads :].transpose(0, 1)
     return turned[:, :num_heads]
+
+
+@triton.jit
+def _rotate_kernel(
+    x_ptr, cos_ptr, sin_ptr, out_ptr, token_stride, head_stride, num_heads,
+    DIM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a token and HEADS heads: both halves, then the channels that pass."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
+    base = x_ptr + token * token_stride + head * head_stride
+    out = out_ptr + (token * num_heads + head) * DIM
+    turning = (head < num_heads) & (lane < HALF)
+    cos = tl.load(cos_ptr + token * HALF + lane, mask=lane < HALF, other=0.0)
+    sin = tl.load(sin_ptr + token * HALF + lane, mask=lane < HALF, other=0.0)
+    first = tl.load(base + lane, mask=turning, other=0.0).to(tl.float32)
+    second = tl.load(base + HALF + lane, mask=turning, other=0.0).to(tl.float32)
+    tl.store(out + lane, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=turning)
+    turned = (second * cos + first * sin).to(out_ptr.dtype.element_ty)
+    tl.store(out + HALF + lane, turned, mask=turning)
+    if DIM > 2 * HALF:
+        for start in tl.static_range(2 * HALF, DIM, BLOCK):
+            passing = (head < num_heads) & (start + lane < DIM)
+            same = tl.load(base + start + lane, mask=passing, other=0.0)
+            tl.store(out + start + lane, same, mask=passing)
+
+
+def _rotate_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    tokens, heads, dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if tokens:
+        half, block = cos.shape[-1], 32
+        _rotate_kernel[(tokens, triton.cdiv(heads, block))](
+            x, cos, sin, out, x.stride(0), x.stride(1), heads, DIM=dim, HALF=half,
+            HEADS=block, BLOCK=max(16, next_power_of_2(half)), num_warps=4,
+        )  # fmt: skip
+    return out
 
 
 @triton.jit

@@ -6,6 +6,7 @@ for tests and for reading. Knows no family, no batch and no schedule.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.models.family import Family
 
 
-class Model:
+class Model(ABC):
     """One checkpoint on one device."""
 
     def __init__(self, family: Family, decoder: Decoder, embedding: Tensor) -> None:
@@ -38,12 +39,12 @@ class Model:
         """Width F of an image token's features; more than the hidden size with deepstack."""
         return self.decoder.config.hidden_size
 
+    @abstractmethod
     def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:
         """Return features [sum of num_tokens, F] of images uint8 [H, W, 3], in their order.
 
         An image has its source's size or already its layout's.
         """
-        raise NotImplementedError
 
     def embed(
         self, tokens: Tensor, features: Tensor | None = None, where: Tensor | None = None

@@ -34,13 +34,16 @@ class ModelSizes:
     num_heads: int = 0
     decoder_params: int = 0  # without embeddings
     embedding_params: int = 0  # input and output together
-    vision_params: int = 0
+    vision_params: int = 0  # work on every patch
+    projector_params: int = 0  # work on every image token
     patches_per_token: int = 4
-    vision_attention_width: int = 0  # hidden size of the tower, for its attention's work
+    vision_width: int = 0
+    vision_full_blocks: int = 0  # blocks in which all patches of an image see each other
 
     @property
     def num_params(self) -> int:
-        return self.decoder_params + self.embedding_params + self.vision_params
+        vision = self.vision_params + self.projector_params
+        return self.decoder_params + self.embedding_params + vision
 
     @property
     def kv_values_per_token(self) -> int:

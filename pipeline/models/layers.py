@@ -13,13 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.errors import UserError
+from pipeline.kernels.quick_gelu import quick_gelu
 from pipeline.kernels.rms_norm import rms_norm
 from pipeline.kernels.swiglu import swiglu
 from pipeline.models.loading import Weights
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(1.702 * x)
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ Knows file formats and how to complain about a tensor by its name. Knows no arch
 from __future__ import annotations
 
 import importlib
-import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -74,10 +73,8 @@ class Weights:
                 file = _read_safetensors(path, self.device, self._stack)
             else:
                 file = _TorchFile(path)
-        except pickle.UnpicklingError as error:
-            raise UserError(f"The weight file {path} is no file of tensors alone.") from error
-        except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-            raise UserError(f"The weight file {path} cannot be read: {error}") from error
+        except Exception as error:  # torch.load raises whatever the pickle module does
+            raise UserError(f"The weight file {path} cannot be read: {_reason(error)}") from error
         for own_name in file.keys():
             name = _renamed(own_name, rules)
             if name in self._places:
@@ -102,7 +99,7 @@ class Weights:
         try:
             tensor = file.get_tensor(own_name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise UserError(f"The tensor {own_name!r} cannot be read: {error}") from error
+            raise UserError(f"The tensor {own_name!r} cannot be read: {_reason(error)}") from error
         if tuple(tensor.shape) != tuple(shape):
             found = tuple(tensor.shape)
             raise UserError(
@@ -144,6 +141,13 @@ class Weights:
                 + more
                 + "."
             )
+
+
+def _reason(error: Exception) -> str:
+    # NOTE: torch's own text advises to load the file unsafely.
+    if type(error).__name__ == "UnpicklingError":
+        return "it holds something else than plain tensors"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:

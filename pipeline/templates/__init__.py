@@ -11,6 +11,16 @@ from pipeline.templates.render import Control, Piece, Template, render
 
 _FILES = {
     "qwen2-vl": "qwen2_vl",
+    "deepseek-vl2": "deepseek_vl2",
+    "janus-pro": "janus_pro",
+    "minicpmv": "minicpmv",
+    "minicpmo": "minicpmo",
+    "llama_3_vision": "llama_3_vision",
+    "mistral": "mistral",
+    "vicuna_v1.1": "vicuna",
+    "chatml-llava": "chatml_llava",
+    "gemma-it": "gemma_it",
+    "kimi-vl": "kimi_vl",
 }
 NAMES = tuple(_FILES)
 

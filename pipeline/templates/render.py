@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from pipeline.errors import RowError
 from pipeline.rows import Turn
@@ -39,10 +40,12 @@ class Template:
     user: str
     assistant: str
     answer: str  # opens the answer
-    system: str | None = None  # None: the system text opens the first user turn
+    system: str | None = None  # None: the system text opens a user turn
+    system_opens: Literal["first", "last"] = "first"  # which user turn, where `system` is None
     default_system: str | None = None
     start: str = ""
     image: str = IMAGE
+    before_image: str = ""  # between text and an image that follows it
     after_image: str = ""  # between an image and text that follows it
     between_images: str = ""
     system_separator: str = "\n\n"  # where `system` is None
@@ -50,7 +53,6 @@ class Template:
     stop: tuple[str, ...] = ()  # tokens that end an answer
     alternate: bool = False  # user and assistant turns must alternate
     system_with_images: bool = True
-    aliases: tuple[str, ...] = field(default=())
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
@@ -68,17 +70,14 @@ class Template:
 def render(template: Template, turns: Sequence[Turn]) -> tuple[Piece, ...]:
     """Pieces of the whole prompt, from the template's start to the opening of the answer."""
     system, dialogue = _take_system(template, turns)
-    if template.alternate:
-        _check_alternation(dialogue)
+    _check(template, system, dialogue)
     pieces: list[Piece] = list(template.split(template.start))
-    if template.system is not None and system is not None:
+    if system is not None and template.system is not None:
         pieces += _turn(template, template.system, system)
-        system = None
+    elif system is not None:
+        dialogue = _with_system(template, system, dialogue)
     for turn in dialogue:
-        parts = turn.parts
-        if turn.role == "user" and system is not None:
-            parts, system = (*system, template.system_separator, *parts), None
-        pieces += _turn(template, _frame(template, turn.role), parts)
+        pieces += _turn(template, _frame(template, turn.role), turn.parts)
     pieces += template.split(template.answer)
     return _merged(pieces)
 
@@ -92,10 +91,29 @@ def _take_system(
     return (None if default is None else (default,)), turns
 
 
-def _check_alternation(turns: Sequence[Turn]) -> None:
-    for number, turn in enumerate(turns):
-        if turn.role != ("user", "assistant")[number % 2]:
-            raise RowError("bad_messages", "The model needs user and assistant turns in turn.")
+def _check(template: Template, system: tuple[str | int, ...] | None, turns: Sequence[Turn]) -> None:
+    if template.alternate:
+        for number, turn in enumerate(turns):
+            if turn.role != ("user", "assistant")[number % 2]:
+                raise RowError("bad_messages", "The model needs user and assistant turns in turn.")
+    with_images = any(isinstance(part, int) for turn in turns for part in turn.parts)
+    if system is not None and with_images and not template.system_with_images:
+        raise RowError("bad_messages", "The model takes no system text beside images.")
+
+
+def _with_system(
+    template: Template, system: tuple[str | int, ...], turns: Sequence[Turn]
+) -> list[Turn]:
+    """`turns` with the system text at the head of a user turn."""
+    users = [number for number, turn in enumerate(turns) if turn.role == "user"]
+    if not users:
+        return list(turns)
+    chosen = users[0 if template.system_opens == "first" else -1]
+    opened = (*system, template.system_separator, *turns[chosen].parts)
+    return [
+        replace(turn, parts=opened) if number == chosen else turn
+        for number, turn in enumerate(turns)
+    ]
 
 
 def _frame(template: Template, role: str) -> str:
@@ -126,6 +144,8 @@ def _stripped(parts: Sequence[str | int]) -> Sequence[str | int]:
 
 def _content(template: Template, parts: Sequence[str | int]) -> Iterator[Piece]:
     for number, part in enumerate(parts):
+        if number:
+            yield from template.split(_joint(template, parts[number - 1], part))
         if isinstance(part, str):
             yield str(part)
             continue
@@ -133,10 +153,13 @@ def _content(template: Template, parts: Sequence[str | int]) -> Iterator[Piece]:
         yield from template.split(before)
         yield part
         yield from template.split(after)
-        following = parts[number + 1] if number + 1 < len(parts) else None
-        if following is not None:
-            joint = template.after_image if isinstance(following, str) else template.between_images
-            yield from template.split(joint)
+
+
+def _joint(template: Template, one: str | int, other: str | int) -> str:
+    """What the template writes between two parts."""
+    if isinstance(one, int):
+        return template.between_images if isinstance(other, int) else template.after_image
+    return template.before_image if isinstance(other, int) else ""
 
 
 def _merged(pieces: Sequence[Piece]) -> tuple[Piece, ...]:

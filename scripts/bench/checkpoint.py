@@ -168,6 +168,8 @@ def _write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], device: str
             metadata={"format": "pt"},
         )
         where |= dict.fromkeys(names, file)
+    if device != "cpu":
+        torch.cuda.empty_cache()
     _write(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
 
 

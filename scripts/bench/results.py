@@ -17,11 +17,12 @@ from typing import Any
 FILE = Path(__file__).parent / "results.jsonl"
 
 
-def append(row: dict[str, Any], path: Path = FILE) -> None:
-    """Add the row as one line, and print it as the last line of stdout."""
-    line = json.dumps(row, sort_keys=False)
-    with path.open("a") as file:
-        file.write(line + "\n")
+def append(row: dict[str, Any], path: Path | None = FILE) -> None:
+    """Add the row as one line to the file, if one is given, and print it to stdout."""
+    line = json.dumps(row)
+    if path is not None:
+        with path.open("a") as file:
+            file.write(line + "\n")
     print(line, flush=True)
 
 

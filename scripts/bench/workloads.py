@@ -12,8 +12,9 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
@@ -50,7 +51,8 @@ class Workload:
     output_tokens: tuple[int, ...]  # of every answer about image i
     system: str = PLAIN_SYSTEM
     sizes: tuple[tuple[int, int], ...] = ()
-    kind: str = field(default="photographs")
+    kind: str = "photographs"
+    seed: int = 0
 
     @property
     def num_answers(self) -> int:
@@ -107,6 +109,7 @@ def _photos(
         system=system,
         sizes=tuple(sizes),
         kind="photographs" if photograph_files() else "drawn scenes",
+        seed=seed,
     )
 
 
@@ -119,6 +122,7 @@ def _pages(num_answers: int, seed: int, rng: random.Random) -> Workload:
         output_tokens=tuple(rng.randrange(600, 1201, 8) for _ in range(num_answers)),
         sizes=(PAGE,) * num_answers,
         kind="drawn pages",
+        seed=seed,
     )
 
 
@@ -126,7 +130,8 @@ def _in_processes(make_one, jobs: list) -> Iterator[bytes]:
     if len(jobs) < 16:
         yield from map(make_one, jobs)
         return
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    # NOTE: spawned, since a forked child of a process that uses CUDA can hang.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         yield from pool.map(make_one, jobs, chunksize=8)
 
 

@@ -3,7 +3,7 @@
 Reads unpacked npm packages (@iconify-json/…) and scikit-image's `data` folder; needs resvg-py.
 It does not know scenes: a sprite is one drawing on a transparent square, in two sizes.
 
-    python scripts/demo/artwork.py --packages DIR --photographs DIR/skimage/data --output build/artwork.npz
+    python scripts/demo/artwork.py --packages DIR --photographs DIR/skimage/data
 """
 
 import argparse
@@ -21,9 +21,18 @@ from demo.vocabulary import ARTISTS, NOUNS
 FOLDERS = {"fluent": "fluent-emoji-flat"}
 LARGE, SMALL = 48, 32
 BACKGROUND = (280, 210)  # width, height
-TRAIN_PHOTOGRAPHS = ("astronaut.png", "brick.png", "coffee.png", "grass.png", "gravel.png",
-                     "hubble_deep_field.jpg", "motorcycle_left.png", "rocket.jpg")  # fmt: skip
-HELD_PHOTOGRAPHS = ("camera.png", "chelsea.png", "coins.png", "moon.png")
+TRAIN_PHOTOGRAPHS = (
+    "astronaut.png",
+    "brick.png",
+    "clock_motion.png",
+    "coffee.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "retina.jpg",
+    "rocket.jpg",
+)
+HELD_PHOTOGRAPHS = ("camera.png", "chelsea.png", "coins.png", "ihc.png")
 
 
 def icon_svg(collection: dict, name: str) -> str | None:
@@ -35,8 +44,10 @@ def icon_svg(collection: dict, name: str) -> str | None:
     width = icon.get("width", collection.get("width", 16))
     height = icon.get("height", collection.get("height", 16))
     left, top = icon.get("left", 0), icon.get("top", 0)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{left} {top} {width} {height}" width="256" height="256">{icon["body"]}</svg>')  # fmt: skip
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left} {top} {width} {height}" width="256" height="256">{icon["body"]}</svg>'
+    )
 
 
 def rasterise(svg: str) -> Image.Image:
@@ -99,7 +110,9 @@ def backgrounds(folder: Path, names: tuple[str, ...], crops: int) -> np.ndarray:
 
 def main() -> None:
     """Writes the archive and says how large it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--packages", type=Path, required=True)
     parser.add_argument("--photographs", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("build/artwork.npz"))
@@ -107,12 +120,19 @@ def main() -> None:
     large, small, there = sprites(args.packages)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
-        args.output, large=large, small=small, there=there,
-        nouns=np.array([n.name for n in NOUNS]), artists=np.array(ARTISTS),
+        args.output,
+        large=large,
+        small=small,
+        there=there,
+        nouns=np.array([n.name for n in NOUNS]),
+        artists=np.array(ARTISTS),
         train_backgrounds=backgrounds(args.photographs, TRAIN_PHOTOGRAPHS, 3),
         held_backgrounds=backgrounds(args.photographs, HELD_PHOTOGRAPHS, 2),
-    )  # fmt: skip
-    print(f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB, {len(NOUNS)} nouns, {there.sum(1)} drawings")
+    )
+    print(
+        f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB, "
+        f"{len(NOUNS)} nouns, {there.sum(1)} drawings"
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ Artwork = dict[str, np.ndarray]
 def load(path: Path) -> Artwork:
     """All arrays of the archive."""
     artwork = dict(np.load(path))
-    if artwork["nouns"].tolist() != [n.name for n in NOUNS] or artwork["artists"].tolist() != list(ARTISTS):
-        raise ValueError(f"{path} was made for other nouns or artists: make it anew with scripts/demo/artwork.py")
+    if artwork["nouns"].tolist() != [n.name for n in NOUNS] or artwork["artists"].tolist() != list(
+        ARTISTS
+    ):
+        raise ValueError(
+            f"{path} was made for other nouns or artists: make it anew with scripts/demo/artwork.py"
+        )
     return artwork

@@ -52,14 +52,14 @@ class Layout:
         out[2, inside] = self.before + cell % COLUMNS
         following = self.before + max(ROWS, COLUMNS)
         out[:, self.before + IMAGE_TOKENS] = following
-        for start, slot in zip(self.starts, self.slots):
+        for start, slot in zip(self.starts, self.slots, strict=True):
             out[:, start : start + slot] = following + 1 + torch.arange(slot)
         return out
 
     def mask(self) -> torch.Tensor:
         """[length, length]: True where a query (row) may see a key (column)."""
         branch = torch.full((self.length,), -1)
-        for i, (start, slot) in enumerate(zip(self.starts, self.slots)):
+        for i, (start, slot) in enumerate(zip(self.starts, self.slots, strict=True)):
             branch[start : start + slot] = i
         causal = torch.ones(self.length, self.length, dtype=torch.bool).tril()
         return causal & ((branch[None] == -1) | (branch[None] == branch[:, None]))
@@ -67,7 +67,7 @@ class Layout:
     def weights(self) -> torch.Tensor:
         """[length]: how much a token of each branch counts in the loss."""
         out = torch.zeros(self.length)
-        for i, (start, slot) in enumerate(zip(self.starts, self.slots)):
+        for i, (start, slot) in enumerate(zip(self.starts, self.slots, strict=True)):
             out[start : start + slot] = (1.0, 0.7)[i] if i < 2 else 2.0
         return out
 
@@ -75,8 +75,10 @@ class Layout:
 class Maker:
     """Makes packed batches as arrays from a sampler."""
 
-    def __init__(self, sampler: Sampler, encode: FastEncoder, every_kind: bool = False, variants: bool = True):
-        """`every_kind`: for checking; asks the kinds in turn. `variants`: other wordings of the caption's prompt."""
+    def __init__(
+        self, sampler: Sampler, encode: FastEncoder, every_kind: bool = False, variants: bool = True
+    ):
+        """`every_kind`: asks the kinds in turn. `variants`: other wordings of the caption's prompt."""
         self.sampler, self.encode, self.layout = sampler, encode, Layout(encode)
         self.every_kind, self.variants = every_kind, variants
 
@@ -101,7 +103,10 @@ class Maker:
         prompt = language.CAPTION
         if self.variants and rng.random() < 0.25:
             prompt = rng.choice(language.CAPTION_VARIANTS)
-        out = [("caption", prompt, language.caption(scene)), ("objects", language.OBJECTS, language.objects(scene))]
+        out = [
+            ("caption", prompt, language.caption(scene)),
+            ("objects", language.OBJECTS, language.objects(scene)),
+        ]
         kinds = language.QUESTION_KINDS
         if self.every_kind:
             chosen = [kinds[(i * QUESTIONS + j) % len(kinds)] for j in range(QUESTIONS)]
@@ -109,7 +114,9 @@ class Maker:
             chosen = rng.choices(kinds, weights=(2, 1, 2, 1, 1, 1, 1), k=QUESTIONS)
         return out + [language.question(scene, rng, kind) for kind in chosen]
 
-    def _write(self, tokens: np.ndarray, labels: np.ndarray, branch: int, question: str, answer: str) -> None:
+    def _write(
+        self, tokens: np.ndarray, labels: np.ndarray, branch: int, question: str, answer: str
+    ) -> None:
         layout = self.layout
         ask = [*self.encode(question), *layout.turn]
         reply = [*self.encode(answer), layout.end]
@@ -135,7 +142,9 @@ class Feeder:
         context = multiprocessing.get_context("fork")
         self.queue = context.Queue(maxsize=max(4, workers * 3))
         self.workers = [
-            context.Process(target=_work, args=(maker, seed * 1000 + i, size, self.queue), daemon=True)
+            context.Process(
+                target=_work, args=(maker, seed * 1000 + i, size, self.queue), daemon=True
+            )
             for i in range(workers)
         ]
         for worker in self.workers:

@@ -74,29 +74,44 @@ def preprocessor() -> dict:
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
-        "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
-        "resample": 3, "rescale_factor": 1 / 255,
-        "image_mean": list(render.MEAN), "image_std": list(render.STD),
-        "min_pixels": WIDTH * HEIGHT // 2, "max_pixels": WIDTH * HEIGHT,
-        "patch_size": render.PATCH, "merge_size": render.MERGE, "temporal_patch_size": render.TEMPORAL,
-    }  # fmt: skip
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "image_mean": list(render.MEAN),
+        "image_std": list(render.STD),
+        "min_pixels": WIDTH * HEIGHT // 2,
+        "max_pixels": WIDTH * HEIGHT,
+        "patch_size": render.PATCH,
+        "merge_size": render.MERGE,
+        "temporal_patch_size": render.TEMPORAL,
+    }
 
 
 def save(network: Network, tokenizer: Tokenizer, folder: Path, notes: dict) -> None:
     """The whole folder; weights in bfloat16. `notes` become training.json."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
-        name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in network.named_parameters()
-    }  # fmt: skip
+        name: p.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, p in network.named_parameters()
+    }
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     config = configuration(network.shape, tokenizer)
     generation = {
-        "bos_token_id": config["bos_token_id"], "pad_token_id": config["pad_token_id"], "do_sample": False,
+        "bos_token_id": config["bos_token_id"],
+        "pad_token_id": config["pad_token_id"],
+        "do_sample": False,
         "eos_token_id": [config["eos_token_id"], config["pad_token_id"]],
-    }  # fmt: skip
-    for name, content in (("config", config), ("preprocessor_config", preprocessor()),
-                          ("generation_config", generation), ("training", notes)):  # fmt: skip
+    }
+    for name, content in (
+        ("config", config),
+        ("preprocessor_config", preprocessor()),
+        ("generation_config", generation),
+        ("training", notes),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     tokens.save(tokenizer, folder)
 

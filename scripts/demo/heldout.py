@@ -21,14 +21,24 @@ from demo.vocabulary import ARTISTS, HELD_ARTIST, TRAIN_ARTISTS
 class HeldOut:
     """Fixed scenes: known artists and the held-out artist, both before held-out backgrounds."""
 
-    def __init__(self, artwork: Artwork, encode: FastEncoder, device: torch.device, scenes: int, batch: int = 256):
+    def __init__(
+        self,
+        artwork: Artwork,
+        encode: FastEncoder,
+        device: torch.device,
+        scenes: int,
+        batch: int = 256,
+    ):
         """Draws everything once; keeps uint8 pixels."""
         self.device, self.batch = device, batch
         self.layout = None
         known = tuple(ARTISTS.index(a) for a in TRAIN_ARTISTS)
         renderer = render.Renderer(artwork, device, held=True)
         self.sets = {}
-        for name, artists, count in (("known", known, scenes), ("new artist", (ARTISTS.index(HELD_ARTIST),), scenes // 2)):
+        for name, artists, count in (
+            ("known", known, scenes),
+            ("new artist", (ARTISTS.index(HELD_ARTIST),), scenes // 2),
+        ):
             sampler = Sampler(artwork, artists, len(artwork["held_backgrounds"]))
             maker = Maker(sampler, encode, every_kind=True, variants=False)
             self.layout = maker.layout
@@ -47,7 +57,7 @@ class HeldOut:
             for pixels, data in batches:
                 with autocast:
                     exact = exact_branches(network, self.layout, pixels, data)
-                for category, ok in zip(data["categories"].ravel(), exact.ravel()):
+                for category, ok in zip(data["categories"].ravel(), exact.ravel(), strict=True):
                     right.setdefault(int(category), []).append(bool(ok))
             shares = {language.CATEGORIES[c]: float(np.mean(v)) for c, v in sorted(right.items())}
             out[name] = {"all": float(np.mean([ok for v in right.values() for ok in v])), **shares}
@@ -59,7 +69,9 @@ def picture(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k: v for k, v in data.items() if k not in ("tokens", "labels", "categories")}
 
 
-def exact_branches(network: Network, layout, pixels: torch.Tensor, data: dict[str, np.ndarray]) -> np.ndarray:
+def exact_branches(
+    network: Network, layout, pixels: torch.Tensor, data: dict[str, np.ndarray]
+) -> np.ndarray:
     """[b, branches]: is every token of the answer right?"""
     device = pixels.device
     tokens = torch.from_numpy(data["tokens"]).to(device).long()
@@ -68,7 +80,10 @@ def exact_branches(network: Network, layout, pixels: torch.Tensor, data: dict[st
     first = layout.starts[0]
     best = network.logits(hidden[:, first:]).argmax(-1)
     fine = (best == labels[:, first:]) | (labels[:, first:] == IGNORE)
-    parts = [fine[:, s - first : s - first + n].all(1) for s, n in zip(layout.starts, layout.slots)]
+    parts = [
+        fine[:, s - first : s - first + n].all(1)
+        for s, n in zip(layout.starts, layout.slots, strict=True)
+    ]
     return torch.stack(parts, 1).cpu().numpy()
 
 

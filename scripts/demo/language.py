@@ -1,6 +1,6 @@
 """What is said about a scene: one wording for every caption, question and answer.
 
-All of it is a plain function of the scene's words (noun, colour, size, row, order); it knows no pixels.
+All of it is a plain function of the scene's words (noun, colour, size, row, order); no pixels.
 """
 
 import json
@@ -10,7 +10,12 @@ from demo.scenes import Object, Scene
 from demo.vocabulary import COLOUR_NAMES, NOUNS, SIZES, with_article
 
 CAPTION = "Describe this image."
-CAPTION_VARIANTS = ("Describe the image.", "What is in this image?", "What do you see?", "Describe this picture.")
+CAPTION_VARIANTS = (
+    "Describe the image.",
+    "What is in this image?",
+    "What do you see?",
+    "Describe this picture.",
+)
 OBJECTS = "List the objects as JSON."
 CATEGORIES = ("caption", "objects", "count", "exists", "side", "colour", "size", "place", "which")
 QUESTION_KINDS = CATEGORIES[2:]
@@ -23,7 +28,9 @@ def name(thing: Object) -> str:
 
 def phrase(thing: Object) -> str:
     """`a small cat on a red disc`."""
-    return f"a {SIZES[thing.large]} {name(thing)} on {with_article(COLOUR_NAMES[thing.colour])} disc"
+    return (
+        f"a {SIZES[thing.large]} {name(thing)} on {with_article(COLOUR_NAMES[thing.colour])} disc"
+    )
 
 
 def sentence(text: str) -> str:
@@ -52,8 +59,9 @@ def half(thing: Object) -> str:
 def objects(scene: Scene) -> str:
     """The objects from left to right as JSON."""
     rows = [
-        {"object": name(t), "color": COLOUR_NAMES[t.colour], "size": SIZES[t.large]} for t in scene.objects
-    ]  # fmt: skip
+        {"object": name(t), "color": COLOUR_NAMES[t.colour], "size": SIZES[t.large]}
+        for t in scene.objects
+    ]
     return json.dumps(rows)
 
 
@@ -73,12 +81,18 @@ def _count(scene: Scene, rng: random.Random) -> tuple[str, str]:
         count = sum(thing.colour == colour for thing in scene.objects)
         return f"How many {COLOUR_NAMES[colour]} discs are there?", str(count)
     noun = rng.choice(scene.objects).noun if rng.random() < 0.8 else rng.randrange(len(NOUNS))
-    return f"How many {NOUNS[noun].plural} are there?", str(sum(thing.noun == noun for thing in scene.objects))
+    return f"How many {NOUNS[noun].plural} are there?", str(
+        sum(thing.noun == noun for thing in scene.objects)
+    )
 
 
 def _exists(scene: Scene, rng: random.Random) -> tuple[str, str]:
     there = {thing.noun for thing in scene.objects}
-    noun = rng.choice(scene.objects).noun if there and rng.random() < 0.5 else rng.randrange(len(NOUNS))
+    noun = (
+        rng.choice(scene.objects).noun
+        if there and rng.random() < 0.5
+        else rng.randrange(len(NOUNS))
+    )
     return f"Is there {with_article(NOUNS[noun].name)}?", "Yes." if noun in there else "No."
 
 
@@ -127,12 +141,19 @@ def _which(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     return f"What is on the {COLOUR_NAMES[thing.colour]} disc?", sentence(with_article(name(thing)))
 
 
-_ASK = {"count": _count, "exists": _exists, "side": _side, "colour": _colour, "size": _size, "place": _place,
-        "which": _which}  # fmt: skip
+_ASK = {
+    "count": _count,
+    "exists": _exists,
+    "side": _side,
+    "colour": _colour,
+    "size": _size,
+    "place": _place,
+    "which": _which,
+}
 
 
 def question(scene: Scene, rng: random.Random, kind: str) -> tuple[str, str, str]:
-    """(kind, question, answer); the kind is another one when the scene cannot be asked this kind."""
+    """(kind, question, answer); another kind when the scene cannot be asked this one."""
     asked = _ASK[kind](scene, rng)
     if asked is None:
         kind, asked = "count", _count(scene, rng)

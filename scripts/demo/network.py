@@ -44,7 +44,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and type."""
         wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(
+            x.dtype
+        )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -91,11 +93,16 @@ class VisionAttention(nn.Module):
             for count, size in self.windows:
                 span = slice(start, start + count * size)
                 split = [
-                    t[:, :, span].reshape(b, self.heads, count, size, -1).transpose(1, 2).flatten(0, 1)
+                    t[:, :, span]
+                    .reshape(b, self.heads, count, size, -1)
+                    .transpose(1, 2)
+                    .flatten(0, 1)
                     for t in (q, k, v)
                 ]
                 part = F.scaled_dot_product_attention(*split)
-                parts.append(part.view(b, count, self.heads, size, -1).transpose(1, 2).flatten(2, 3))
+                parts.append(
+                    part.view(b, count, self.heads, size, -1).transpose(1, 2).flatten(2, 3)
+                )
                 start += count * size
             out = torch.cat(parts, 2)
         return self.proj(out.transpose(1, 2).reshape(b, n, d))
@@ -150,8 +157,11 @@ def window_order(rows: int, columns: int, side: int) -> tuple[list[int], list[in
     order, sizes = [], []
     for top in range(0, rows, side):
         for left in range(0, columns, side):
-            cells = [r * columns + c for r in range(top, min(top + side, rows))
-                     for c in range(left, min(left + side, columns))]  # fmt: skip
+            cells = [
+                r * columns + c
+                for r in range(top, min(top + side, rows))
+                for c in range(left, min(left + side, columns))
+            ]
             order += cells
             sizes.append(len(cells))
     return order, sizes
@@ -177,7 +187,8 @@ class Vision(nn.Module):
         order, sizes = window_order(shape.rows, shape.columns, shape.window // 28)
         self.patch_embed = PatchEmbed(shape.vision_hidden)
         self.blocks = nn.ModuleList(
-            VisionBlock(shape, () if i in shape.full_blocks else runs(sizes)) for i in range(shape.vision_depth)
+            VisionBlock(shape, () if i in shape.full_blocks else runs(sizes))
+            for i in range(shape.vision_depth)
         )
         self.merger = Merger(shape.vision_hidden, shape.hidden)
         cells = torch.tensor(order)
@@ -207,7 +218,11 @@ class Attention(nn.Module):
     def __init__(self, shape: Shape):
         """Biases on queries, keys and values, as in Qwen2."""
         super().__init__()
-        self.heads, self.kv_heads, self.size = shape.heads, shape.kv_heads, shape.hidden // shape.heads
+        self.heads, self.kv_heads, self.size = (
+            shape.heads,
+            shape.kv_heads,
+            shape.hidden // shape.heads,
+        )
         self.q_proj = nn.Linear(shape.hidden, shape.hidden)
         self.k_proj = nn.Linear(shape.hidden, self.kv_heads * self.size)
         self.v_proj = nn.Linear(shape.hidden, self.kv_heads * self.size)
@@ -221,7 +236,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(b, n, self.kv_heads, self.size).transpose(1, 2)
         times = self.heads // self.kv_heads
         k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype).expand(b, self.heads, n, n))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask.to(q.dtype).expand(b, self.heads, n, n)
+        )
         return self.o_proj(out.transpose(1, 2).reshape(b, n, d))
 
 
@@ -231,7 +248,10 @@ class Layer(nn.Module):
     def __init__(self, shape: Shape):
         """Attention, then MLP."""
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(shape.hidden), RMSNorm(shape.hidden)
+        self.input_layernorm, self.post_attention_layernorm = (
+            RMSNorm(shape.hidden),
+            RMSNorm(shape.hidden),
+        )
         self.self_attn = Attention(shape)
         self.mlp = MLP(shape.hidden, shape.intermediate, bias=False)
 
@@ -256,7 +276,7 @@ class Network(nn.Module):
     """Qwen2.5-VL over packed sequences of one layout."""
 
     def __init__(self, shape: Shape, positions: Tensor, mask: Tensor, image_at: int):
-        """`positions` [3, n] and `mask` [n, n] as in batches.Layout; the image's tokens start at `image_at`."""
+        """`positions` [3, n] and `mask` [n, n] of batches.Layout; the image starts at `image_at`."""
         super().__init__()
         self.shape, self.image_at = shape, image_at
         self.visual, self.model = Vision(shape), Text(shape)
@@ -281,7 +301,10 @@ class Network(nn.Module):
                 nn.init.normal_(p, std=0.04)
             else:
                 std = 0.7 * p[0].numel() ** -0.5
-                if name.split(".")[-2] in ("proj", "o_proj", "down_proj") and "patch_embed" not in name:
+                if (
+                    name.split(".")[-2] in ("proj", "o_proj", "down_proj")
+                    and "patch_embed" not in name
+                ):
                     std *= (2 * depth[name.split(".")[0]]) ** -0.5
                 nn.init.normal_(p, std=std)
 

@@ -39,7 +39,7 @@ class Muon:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """One update from the gradients there are."""
-        for group, buffer in zip(self.groups, self.buffers):
+        for group, buffer in zip(self.groups, self.buffers, strict=True):
             gradient = torch.stack([p.grad for p in group])
             buffer.lerp_(gradient, 1 - self.momentum)
             update = orthogonal(gradient.lerp(buffer, self.momentum))
@@ -53,6 +53,7 @@ class Optimizer:
 
     def __init__(self, network: nn.Module, kind: str = "muon"):
         """`kind`: muon, or adamw for everything."""
+
         def hidden(name: str, p: nn.Parameter) -> bool:
             return p.ndim == 2 and "embed" not in name
 
@@ -62,8 +63,10 @@ class Optimizer:
         self.muon = Muon(chosen) if chosen else None
         taken = {id(p) for p in chosen}
         rest = [p for p in self.parameters if id(p) not in taken]
-        groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.05},
-                  {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0}]  # fmt: skip
+        groups = [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+        ]
         fused = rest[0].is_cuda
         self.adam = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-9, fused=fused)
 
@@ -81,6 +84,6 @@ class Optimizer:
 
 
 def schedule(step: int, done: float, warm: int = 150, turn: float = 0.4) -> float:
-    """Rises over `warm` steps, stays, and falls in a line from the share `turn` of the time to the end."""
+    """Rises over `warm` steps, stays, and falls in a line from the share `turn` of the time."""
     fall = min(1.0, max(0.0, (1 - done) / (1 - turn)))
     return min(1.0, (step + 1) / warm) * max(fall, 0.01)

@@ -1,7 +1,7 @@
 """Draws batches of scenes with torch, on any device: uint8 pixels, and the processor's patches.
 
 The order of the patches and the normalisation are those of Qwen2VLImageProcessor for sizes that
-are multiples of 28 (so that it does not resize). It knows the shapes of sprites, not what they show.
+are multiples of 28 (it does not resize them). It knows the shapes of sprites, not what they show.
 """
 
 import numpy as np
@@ -17,11 +17,16 @@ PATCH, MERGE, TEMPORAL = 14, 2, 2
 SPRITE_SHARE = 0.84  # of the disc's diameter
 _EDGE = 32  # half the side of the window an object is drawn in
 # JPEG's example quantisation tables (ITU T.81, K.1 and K.2), for brightness and for colour.
-_LUMA = (16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
-         14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
-         49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99)  # fmt: skip
-_CHROMA = (17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99,
-           47, 66, 99, 99, 99, 99, 99, 99) + (99,) * 32  # fmt: skip
+_LUMA = """
+16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29
+51 87 80 62 18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121
+120 101 72 92 95 98 112 100 103 99
+"""
+_CHROMA = """
+17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99 47 66 99 99
+99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99
+99 99 99 99 99 99 99 99
+"""
 
 
 def pack(scenes: list[Scene], nouns: int) -> dict[str, np.ndarray]:
@@ -33,16 +38,32 @@ def pack(scenes: list[Scene], nouns: int) -> dict[str, np.ndarray]:
         "geometry": np.zeros((b, MOST_OBJECTS, 5), np.float32),  # x, y, diameter, angle, ±1
         "disc": np.zeros((b, MOST_OBJECTS, 3), np.float32),
         "photograph": np.array([s.photograph for s in scenes], np.int32),
-        "crop": np.array([(*s.crop, -1.0 if s.mirrored else 1.0, s.wash) for s in scenes], np.float32),
+        "crop": np.array(
+            [(*s.crop, -1.0 if s.mirrored else 1.0, s.wash) for s in scenes], np.float32
+        ),
         "plain": np.array([s.plain for s in scenes], np.float32),
     }
     for i, scene in enumerate(scenes):
         for j, t in enumerate(scene.objects):
             out["sprite"][i, j] = t.artist * nouns + t.noun
             out["large"][i, j] = t.large
-            out["geometry"][i, j] = (t.x, t.y, t.diameter, t.angle * np.pi / 180, -1.0 if t.flip else 1.0)
+            out["geometry"][i, j] = (
+                t.x,
+                t.y,
+                t.diameter,
+                t.angle * np.pi / 180,
+                -1.0 if t.flip else 1.0,
+            )
             out["disc"][i, j] = t.disc
     return out
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for the work that is queued there."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class Renderer:
@@ -51,7 +72,7 @@ class Renderer:
     def __init__(self, artwork: dict[str, np.ndarray], device: torch.device, held: bool = False):
         """`held`: with the photographs that training never sees."""
         self.device = device
-        # One table: the large drawings, then the small ones in the corner of squares of the same side.
+        # One table: the large drawings, then the small ones in the corner of such squares.
         large, small = artwork["large"], np.zeros_like(artwork["large"])
         self.side, self.small_side = large.shape[2], artwork["small"].shape[2]
         small[:, :, : self.small_side, : self.small_side] = artwork["small"]
@@ -65,7 +86,7 @@ class Renderer:
 
     def __call__(self, packed: dict[str, np.ndarray]) -> torch.Tensor:
         """Pixels [b, 3, height, width], 0…255, whole numbers held as float32."""
-        data = {key: torch.from_numpy(value).to(self.device) for key, value in packed.items()}
+        data = {key: upload(value, self.device) for key, value in packed.items()}
         image = F.pad(self._background(data), (_EDGE, _EDGE, _EDGE, _EDGE))
         for slot in range(MOST_OBJECTS):
             self._paste(image, data, slot)
@@ -79,7 +100,9 @@ class Renderer:
         v = v + ((top * 2 - 1) * (1 - size))[:, None, None]
         chosen = self.photographs[data["photograph"].clamp(min=0).long()].float()
         grid = torch.stack([u, v], -1)
-        photo = F.grid_sample(chosen, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        photo = F.grid_sample(
+            chosen, grid, mode="bilinear", padding_mode="border", align_corners=False
+        )
         mean = photo.mean((2, 3), keepdim=True)
         photo = photo + (mean - photo) * wash[:, None, None, None]
         ramp = ((self.x + self.y) / (WIDTH + HEIGHT))[None, None]
@@ -89,7 +112,9 @@ class Renderer:
 
     def _paste(self, image: torch.Tensor, data: dict[str, torch.Tensor], slot: int) -> None:
         """Draws one object of every scene in place, within a square window around it."""
-        x, y, diameter, angle, flip = (v[:, None, None] for v in data["geometry"][:, slot].unbind(1))
+        x, y, diameter, angle, flip = (
+            v[:, None, None] for v in data["geometry"][:, slot].unbind(1)
+        )
         sprite, is_small = data["sprite"][:, slot].long(), ~data["large"][:, slot]
         there = (sprite >= 0)[:, None, None]
         step = torch.arange(2 * _EDGE, device=self.device)
@@ -110,7 +135,9 @@ class Renderer:
         share = self.small_side / self.side
         grid = torch.where(is_small[:, None, None, None], (grid + 1) * share - 1, grid)
         drawings = self.sprites[sprite.clamp(min=0) + is_small * self.count].float()
-        drawn = F.grid_sample(drawings, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        drawn = F.grid_sample(
+            drawings, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
         drawn = drawn * there[:, None]
         window = window * (1 - drawn[:, 3:] / 255) + drawn[:, :3]
         flat.scatter_(2, index, window.flatten(2))
@@ -126,7 +153,8 @@ def jpeg(image: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     basis = torch.cos((2 * k[None] + 1) * k[:, None] * torch.pi / 16) * 0.5
     basis[0] *= 0.5**0.5
     blocks = planes.view(b, 3, h // 8, 8, w // 8, 8).transpose(3, 4)
-    tables = torch.tensor([_LUMA, _CHROMA, _CHROMA], device=image.device, dtype=torch.float32).view(3, 8, 8)
+    numbers = [[int(v) for v in table.split()] for table in (_LUMA, _CHROMA, _CHROMA)]
+    tables = torch.tensor(numbers, device=image.device, dtype=torch.float32).view(3, 8, 8)
     scale = ((200 - 2 * quality) / 100)[:, None, None, None]
     steps = (tables * scale + 0.5).floor().clamp(1, 255)[:, :, None, None]
     coefficients = basis @ blocks @ basis.T
@@ -139,13 +167,15 @@ def jpeg(image: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
 
 
 def disturb(image: torch.Tensor) -> torch.Tensor:
-    """For training: the first half of the batch through JPEG, the last quarter with noise and other brightness."""
+    """For training: half of the batch through JPEG, a quarter with noise and other brightness."""
     half, quarter = image.shape[0] // 2, image.shape[0] // 4
     compressed = jpeg(image[:half], 85 + 15 * torch.rand(half, device=image.device))
     rest = image[half : image.shape[0] - quarter]
     last = image[image.shape[0] - quarter :]
     contrast, brightness = torch.rand(2, quarter, 1, 1, 1, device=image.device)
-    last = (last - 128) * (0.9 + 0.2 * contrast) + 118 + 20 * brightness + torch.randn_like(last) * 4
+    last = (
+        (last - 128) * (0.9 + 0.2 * contrast) + 118 + 20 * brightness + torch.randn_like(last) * 4
+    )
     return torch.cat([compressed, rest, last.clamp(0, 255).round()])
 
 

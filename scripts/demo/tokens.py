@@ -9,31 +9,61 @@ import random
 import re
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from demo import language
 from demo.scenes import Sampler
 from demo.vocabulary import COLOUR_NAMES, NOUNS
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
-           "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
-           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # fmt: skip
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 VOCABULARY = 1024  # without the special tokens
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
-_PLAIN = re.compile(r"[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PLAIN = re.compile(
+    r"[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SYSTEM = "You are a helpful assistant."
 ENGLISH = (
-    "The image shows what you can see in this picture. Please answer with yes or no, and tell me how many of "
-    "them there are, where they are and which one is on the left side or on the right side. Describe it in one "
-    "sentence. Write a short caption. What is the main object? Are there any people, animals, food or cars? "
-    "It has been there for some time because that was their first day out with all of us. Return a JSON list "
-    "with label, score, name, caption, title, text, type, value, color, count, description and keywords.",
+    "The image shows what you can see in this picture. Please answer with yes or no, and "
+    "tell me how many of them there are, where they are and which one is on the left side"
+    " or on the right side. Describe it in one sentence. Write a short caption. What is "
+    "the main object? Are there any people, animals, food or cars? It has been there for "
+    "some time because that was their first day out with all of us. Return a JSON list "
+    "with label, score, name, caption, title, text, type, value, color, count, "
+    "description and keywords.",
     "system user assistant",
-    "People from many countries would like to know about other things such as water, buildings, streets, trees, "
-    "mountains, windows, tables, houses, shops, clothes, games, music, books, numbers, letters, words and lines. "
-    "During the evening someone should make another good photograph because these might also show where everything "
-    "happened before and after work, through the long year, between each place, under every great old bridge.",
+    "People from many countries would like to know about other things such as water, "
+    "buildings, streets, trees, mountains, windows, tables, houses, shops, clothes, "
+    "games, music, books, numbers, letters, words and lines. During the evening someone "
+    "should make another good photograph because these might also show where everything "
+    "happened before and after work, through the long year, between each place, under "
+    "every great old bridge.",
 )
 TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
@@ -66,10 +96,20 @@ def corpus(sampler: Sampler, scenes: int = 3000) -> list[str]:
     for noun in NOUNS:
         words = (f" {noun.name}", noun.name, f" {noun.plural}")
         out += [text for word in words for text in (word,) * 60]
-    out += [text for word in COLOUR_NAMES for text in (word, f" {word}", word.capitalize()) for _ in range(60)]
+    out += [
+        text
+        for word in COLOUR_NAMES
+        for text in (word, f" {word}", word.capitalize())
+        for _ in range(60)
+    ]
     for _ in range(scenes):
         scene = sampler.scene(rng)
-        out += [language.CAPTION, language.OBJECTS, language.caption(scene), language.objects(scene)]
+        out += [
+            language.CAPTION,
+            language.OBJECTS,
+            language.caption(scene),
+            language.objects(scene),
+        ]
         out += [rng.choice(language.CAPTION_VARIANTS)]
         for kind in language.QUESTION_KINDS:
             out += language.question(scene, rng, kind)[1:]
@@ -85,27 +125,46 @@ def train(texts: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in SPECIAL]
+    )
     return tokenizer
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, as AutoTokenizer and Qwen's own loaders read them."""
+    """tokenizer.json and tokenizer_config.json, as AutoTokenizer reads them."""
     tokenizer.save(str(folder / "tokenizer.json"))
     added = {
-        str(tokenizer.token_to_id(name)): {"content": name, "lstrip": False, "normalized": False, "rstrip": False,
-                                           "single_word": False, "special": True}
+        str(tokenizer.token_to_id(name)): {
+            "content": name,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
         for name in SPECIAL
-    }  # fmt: skip
+    }
     config = {
-        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added,
-        "additional_special_tokens": list(SPECIAL[1:]), "bos_token": None, "chat_template": TEMPLATE,
-        "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
-        "model_max_length": 2048, "pad_token": "<|endoftext|>", "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
-    }  # fmt: skip
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": list(SPECIAL[1:]),
+        "bos_token": None,
+        "chat_template": TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 2048,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

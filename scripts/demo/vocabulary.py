@@ -20,14 +20,14 @@ _NOUNS = """
 airplane ambulance/ambulances anchor apple=red-apple,redapple banana bear
 bee=honeybee bicycle bird=bird,front-facing-baby-chick boat=sailboat bomb
 book=open-book,openbook bus/buses butterfly/butterflies cactus/cactuses
-cake=birthday-cake,birthdaycake camel=camel,two-hump-camel,bactriancamel camera car=automobile carrot
-castle=castle,europeancastle cat=cat-face,cat cherry/cherries=cherries
+cake=birthday-cake,birthdaycake camel=camel,two-hump-camel,bactriancamel camera car=automobile
+carrot castle=castle,europeancastle cat=cat-face,cat cherry/cherries=cherries
 clock=alarm-clock,alarmclock cloud crab crown
 dog=dog-face,dog door dress/dresses duck elephant envelope fish/fish=tropical-fish,tropicalfish
 flower=tulip fox/foxes frog ghost guitar hammer
 hat=top-hat,tophat helicopter horse=horse-face,horseface key leaf/leaves=maple-leaf,mapleleaf
-lemon lion lock=locked moon=crescent-moon,crescentmoon mushroom octopus/octopuses owl panda=panda,pandaface
-pencil penguin piano=musical-keyboard,musicalkeyboard pig=pig-face,pig pineapple
+lemon lion lock=locked moon=crescent-moon,crescentmoon mushroom octopus/octopuses owl
+panda=panda,pandaface pencil penguin piano=musical-keyboard,musicalkeyboard pig=pig-face,pig pineapple
 pizza=pizza,sliceofpizza rabbit=rabbit-face,bunny rocket rose
 saxophone shark shirt=t-shirt shoe=running-shoe snail snake
 snowman/snowmen=snowman-without-snow,snowmanwithoutsnow spider star strawberry/strawberries

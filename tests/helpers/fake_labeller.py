@@ -1,4 +1,4 @@
-"""A deterministic labeller with the real interface, for crash and command tests: no model, no torch.
+"""A deterministic labeller with the real interface, for crash and command tests: no torch.
 
 An answer depends on the row's id, the prompt and the seed alone. Select it with
 `VLM_BATCH_LABELLER=tests/helpers/fake_labeller.py:FakeLabeller`; the environment steers it:
@@ -36,9 +36,11 @@ class FakeLabeller:
 
     def __init__(self, settings: LabelSettings) -> None:
         self.settings = settings
-        self.prompts = {"answer": ""} if settings.input.messages else {
-            name: prompt.text for name, prompt in settings.prompts.items()
-        }
+        self.prompts = (
+            {"answer": ""}
+            if settings.input.messages
+            else {name: prompt.text for name, prompt in settings.prompts.items()}
+        )
         self.delay_sec = float(os.environ.get("FAKE_DELAY_SEC", "0"))
         self.in_flight = int(os.environ.get("FAKE_IN_FLIGHT", "8"))
         self.fail_rows = frozenset(os.environ.get("FAKE_FAIL_ROWS", "").split(",")) - {""}

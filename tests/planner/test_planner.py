@@ -239,7 +239,8 @@ def test_an_odd_request_ends_sharing_and_it_comes_back() -> None:
 
 
 def test_a_group_is_bounded_and_prompts_of_text_rows_share() -> None:
-    requests = [make_request(row, [[1], (b"same", 50), [row]]) for row in range(200)]
+    names = (b"one", b"two")
+    requests = [make_request(row, [[1], (names[row % 2], 50), [row]]) for row in range(200)]
     requests += [
         make_request(900 + row, [[1], [5, row] * 40, [q]], f"q{q}")
         for row in range(5)

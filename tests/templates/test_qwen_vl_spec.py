@@ -155,14 +155,15 @@ def test_token_counts_equal_the_processors(family: QwenVL) -> None:
     sizes = np.exp(rng.uniform(np.log(8), np.log(6000), (2000, 2))).astype(int).tolist()
     refused = 0
     for width, height in sizes:
-        try:
-            layout = family.layout(width, height)
-        except RowError as error:
-            assert error.code == "bad_aspect_ratio"
+        if max(width, height) > 200 * min(width, height):
+            with pytest.raises(RowError, match="200 to 1") as caught:
+                family.layout(width, height)
+            assert caught.value.code == "bad_aspect_ratio"
             with pytest.raises(ValueError, match="aspect ratio"):
                 processor.get_number_of_image_patches(height, width, {})
             refused += 1
             continue
+        layout = family.layout(width, height)
         patches = processor.get_number_of_image_patches(height, width, {})
         assert layout.num_tokens == patches // family.merge_size**2
         assert layout.grid[1] * layout.grid[2] == patches

@@ -193,6 +193,7 @@ def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> 
     width = int(width or 1280)
     inner = int(vision.get("intermediate_size") or width * vision.get("mlp_ratio", 4))
     matrices = 3 if variant == "qwen2_5" else 2
+    depth = int(vision.get("depth", 32))
     merged = width * vision.get("spatial_merge_size", 2) ** 2
     return ModelSizes(
         num_layers=layers,
@@ -201,9 +202,9 @@ def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> 
         num_heads=heads,
         decoder_params=layers * (attention + mlp),
         embedding_params=tables * hidden * text["vocab_size"],
-        vision_params=vision.get("depth", 32) * (4 * width * width + matrices * width * inner)
-        + merged * merged
-        + merged * hidden,
+        vision_params=depth * (4 * width * width + matrices * width * inner),
+        projector_params=merged * merged + merged * hidden,
         patches_per_token=vision.get("spatial_merge_size", 2) ** 2,
-        vision_attention_width=width,
+        vision_width=width,
+        vision_full_blocks=len(vision.get("fullatt_block_indexes", range(depth))),
     )

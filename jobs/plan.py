@@ -1,0 +1,309 @@
+"""The plan: which shard is which rows of which input file; it grows when the input grows.
+
+Stored as parts, each made exclusively, each line a span of consecutive shards of one file; shards
+are computed from spans, so a plan costs memory by files, not by rows. Shard numbers never change
+their meaning, except that a redone shard gets a higher revision. Knows nothing of file formats.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import logging
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+from jobs.faults import fault
+from jobs.paths import RunPaths, shard_id, shard_number
+from jobs.storage import StorageError
+from pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
+_PART = re.compile(r"part-(\d+)\.jsonl")
+
+
+class InputFile(Protocol):
+    """What the plan needs of `pipeline.sources.InputFile`."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rows `[start, stop)` of one input file: the unit of work, retry and commit."""
+
+    id: str
+    path: str
+    start: int
+    stop: int
+    fingerprint: str  # of the input file
+    revision: int = 0  # higher where the shard was planned anew
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive shards of one file: `[start, stop)` in portions of `rows_per_shard`.
+
+    `num_shards` may be more than the rows fill: the rest are empty (a redone file has shrunk).
+    """
+
+    path: str
+    fingerprint: str
+    start: int
+    stop: int
+    first_shard: int
+    num_shards: int
+    rows_per_shard: int
+    revision: int = 0
+    num_bytes: int = 0  # of the file, for people
+
+    def shard(self, number: int) -> Shard:
+        offset = (number - self.first_shard) * self.rows_per_shard
+        start = min(self.start + offset, self.stop)
+        stop = min(start + self.rows_per_shard, self.stop)
+        return Shard(shard_id(number), self.path, start, stop, self.fingerprint, self.revision)
+
+
+class Plan:
+    """All spans, the newest revision of each."""
+
+    def __init__(self, spans: Iterable[Span], num_parts: int, redone: dict[int, int]) -> None:
+        newest: dict[int, Span] = {}
+        for span in spans:
+            known = newest.get(span.first_shard)
+            if known is None or span.revision > known.revision:
+                newest[span.first_shard] = span
+        self.spans = sorted(newest.values(), key=lambda span: span.first_shard)
+        self.num_parts = num_parts
+        self.redone = redone  # revisions of single shards
+        self._firsts = [span.first_shard for span in self.spans]
+
+    @property
+    def num_shards(self) -> int:
+        return sum(span.num_shards for span in self.spans)
+
+    @property
+    def has_revisions(self) -> bool:
+        """Whether any shard was planned anew."""
+        return bool(self.redone) or any(span.revision for span in self.spans)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(span.stop - span.start for span in self.spans)
+
+    def __iter__(self) -> Iterator[Shard]:
+        for span in self.spans:
+            for number in range(span.first_shard, span.first_shard + span.num_shards):
+                yield self._revised(span.shard(number))
+
+    def __len__(self) -> int:
+        return self.num_shards
+
+    def ids(self) -> Iterator[str]:
+        for span in self.spans:
+            for number in range(span.first_shard, span.first_shard + span.num_shards):
+                yield shard_id(number)
+
+    def shard(self, id_: str) -> Shard:
+        """Raises: KeyError."""
+        number = shard_number(id_)
+        index = bisect.bisect_right(self._firsts, number) - 1
+        if index < 0 or number >= self.spans[index].first_shard + self.spans[index].num_shards:
+            raise KeyError(id_)
+        return self._revised(self.spans[index].shard(number))
+
+    def __contains__(self, id_: str) -> bool:
+        try:
+            self.shard(id_)
+        except (KeyError, ValueError):
+            return False
+        return True
+
+    def files(self) -> dict[str, list[Span]]:
+        """Spans by input file, in order of their rows."""
+        files: dict[str, list[Span]] = {}
+        for span in self.spans:
+            files.setdefault(span.path, []).append(span)
+        for spans in files.values():
+            spans.sort(key=lambda span: span.start)
+        return files
+
+    def missing(self, files: Iterable[InputFile]) -> list[str]:
+        """Planned files that the input no longer has."""
+        return sorted(self.files().keys() - {file.path for file in files})
+
+    def changed(self, files: Iterable[InputFile]) -> list[str]:
+        """Planned files that are no longer what they were."""
+        known = self.files()
+        return [f.path for f in files if f.path in known and not _same(known[f.path], f)]
+
+    def _revised(self, shard: Shard) -> Shard:
+        revision = self.redone.get(shard_number(shard.id), 0) if self.redone else 0
+        return replace(shard, revision=revision) if revision > shard.revision else shard
+
+
+def load_plan(paths: RunPaths) -> Plan:
+    """Read all parts. Raises: UserError when one is damaged."""
+    spans: list[Span] = []
+    redone: dict[int, int] = {}
+    numbers = _part_numbers(paths)
+    for number in numbers:
+        for record in _read_part(paths, number):
+            if record.pop("kind") == "redo":
+                shard, revision = record["shard"], record["revision"]
+                redone[shard] = max(revision, redone.get(shard, 0))
+            else:
+                spans.append(Span(**record))
+    return Plan(spans, len(numbers), redone)
+
+
+def grow_plan(
+    paths: RunPaths,
+    files: Sequence[InputFile],
+    rows_per_shard: int,
+    *,
+    limit: int | None = None,
+    changed: str = "refuse",
+) -> Plan:
+    """Plan the rows that no shard holds yet; safe while others do the same.
+
+    `changed`: `refuse`, or `redo` to plan the shards of changed files anew.
+    Raises: UserError for changed files.
+    """
+    while True:
+        plan = load_plan(paths)
+        news = _new_spans(plan, files, rows_per_shard, limit, changed)
+        if not news:
+            return plan
+        records = [{"kind": "span", **asdict(span)} for span in news]
+        if _write_part(paths, plan.num_parts, records):
+            log.info("planned %d shards", sum(span.num_shards for span in news))
+
+
+def redo_shards(paths: RunPaths, shards: Sequence[str]) -> Plan:
+    """Plan committed shards once more, each with the next revision; safe while others do it."""
+    while True:
+        plan = load_plan(paths)
+        todo = [plan.shard(id_) for id_ in shards]
+        records = [
+            {"kind": "redo", "shard": shard_number(s.id), "revision": s.revision + 1} for s in todo
+        ]
+        if not records:
+            return plan
+        if _write_part(paths, plan.num_parts, records):
+            return load_plan(paths)
+
+
+def _new_spans(
+    plan: Plan, files: Sequence[InputFile], rows_per_shard: int, limit: int | None, changed: str
+) -> list[Span]:
+    known = plan.files()
+    bad = plan.changed(files)
+    if bad and changed != "redo":
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(
+            f"The input file {bad[0]}{more} has changed since its rows were planned: put it back, "
+            "or run with --changed redo to do its rows again."
+        )
+    next_shard = plan.num_shards
+    left = limit
+    news: list[Span] = []
+    for file in files:
+        num_rows = file.num_rows if left is None else min(file.num_rows, left)
+        left = None if left is None else left - num_rows
+        spans = known.get(file.path, [])
+        if file.path in bad:
+            news += [_redone(span, plan, file, num_rows) for span in spans]
+        start = max((span.stop for span in spans), default=0)
+        if file.path in bad:
+            start = min(start, num_rows)
+        if num_rows > start or (not spans and not file.num_rows):
+            span = _span(file, start, num_rows, next_shard, rows_per_shard)
+            next_shard += span.num_shards
+            news.append(span)
+    return news
+
+
+def _span(file: InputFile, start: int, stop: int, first_shard: int, rows_per_shard: int) -> Span:
+    return Span(
+        path=file.path,
+        fingerprint=file.fingerprint,
+        start=start,
+        stop=stop,
+        first_shard=first_shard,
+        num_shards=-(-(stop - start) // rows_per_shard),
+        rows_per_shard=rows_per_shard,
+        num_bytes=getattr(file, "num_bytes", 0),
+    )
+
+
+def _redone(span: Span, plan: Plan, file: InputFile, num_rows: int) -> Span:
+    """The same shards over the file's new content."""
+    numbers = range(span.first_shard, span.first_shard + span.num_shards)
+    single = max((plan.redone.get(number, 0) for number in numbers), default=0)
+    return replace(
+        span,
+        fingerprint=file.fingerprint,
+        start=min(span.start, num_rows),
+        stop=min(span.stop, num_rows),
+        revision=max(span.revision, single) + 1,
+        num_bytes=getattr(file, "num_bytes", 0),
+    )
+
+
+def _same(spans: Sequence[Span], file: InputFile) -> bool:
+    return spans[-1].fingerprint == file.fingerprint
+
+
+def _part_numbers(paths: RunPaths) -> list[int]:
+    matches = (_PART.fullmatch(name) for name in paths.storage.names(paths.plan_folder))
+    numbers = sorted(int(match[1]) for match in matches if match is not None)
+    if numbers != list(range(len(numbers))):
+        raise UserError(
+            f"{paths.url(paths.plan_folder)} has lost a part (it has {numbers}): restore it from a "
+            "backup, or start a new run folder."
+        )
+    return numbers
+
+
+def _write_part(paths: RunPaths, number: int, records: Sequence[dict[str, Any]]) -> bool:
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    body = "".join(f"{line}\n" for line in lines).encode()
+    tail = json.dumps({"kind": "end", "lines": len(lines), "crc32": zlib.crc32(body)}) + "\n"
+    fault("plan.before_write")
+    made = paths.storage.write_exclusive(paths.plan_part(number), body + tail.encode())
+    fault("plan.after_write")
+    return made
+
+
+def _read_part(paths: RunPaths, number: int) -> list[dict[str, Any]]:
+    name = paths.plan_part(number)
+    try:
+        data = paths.storage.read(name)
+    except FileNotFoundError as error:
+        raise StorageError(f"{name} went away while it was read") from error
+    body, _, tail = data.rstrip(b"\n").rpartition(b"\n")
+    body += b"\n" if body else b""
+    try:
+        end = json.loads(tail)
+        if end["crc32"] != zlib.crc32(body):
+            raise ValueError("its checksum does not hold")
+        records: list[dict[str, Any]] = [json.loads(line) for line in body.splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{paths.url(name)} is damaged ({error}): restore it from a backup, or start a new run "
+            "folder."
+        ) from error
+    return records

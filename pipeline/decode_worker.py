@@ -1,0 +1,145 @@
+"""One image-decoding process: tasks in by socket, pixels out by shared memory.
+
+Reads the encoded bytes from the spool by path and offset and writes RGB rows to where the task
+says. Started by `decode_pool` as a fresh interpreter. Knows no row and no order. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import socket
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pipeline.errors import EngineError, RowError
+from pipeline.images import decode_image
+
+READY = -1  # the number of the first message: the process can take tasks
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the parent decides
+
+
+class Task(NamedTuple):
+    """Decode `num_bytes` at `offset` of `path` into `memory` at `place` as [height, width, 3]."""
+
+    number: int
+    path: str
+    offset: int
+    num_bytes: int
+    width: int  # as decoded
+    height: int
+    out_width: int  # resized to this if it differs
+    out_height: int
+    memory: str
+    memory_size: int
+    place: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.out_height, self.out_width, 3
+
+    @property
+    def out_bytes(self) -> int:
+        return 3 * self.out_width * self.out_height
+
+
+def pixels_of(task: Task, max_pixels: int) -> Image.Image:
+    """The task's image, resized as the official processors call Pillow."""
+    image = decode_image(_spooled(task), max_pixels)
+    if image.size != (task.width, task.height):
+        raise RowError("corrupt_image", "The image's size differs from its header's.")
+    size = task.out_width, task.out_height
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def main(connection: int, max_pixels: int) -> None:
+    """Serve tasks until the socket closes."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    with socket.socket(fileno=connection) as link, link.makefile("rwb") as stream:
+        _say(stream, [READY, None, None])
+        _silence()
+        memories = _Memories()
+        for line in stream:
+            task = Task(*json.loads(line))
+            try:
+                _say(stream, [task.number, *_serve(task, memories, max_pixels)])
+            except BrokenPipeError:
+                return
+
+
+def _serve(task: Task, memories: _Memories, max_pixels: int) -> tuple[str | None, str | None]:
+    """(error code, message); the code `engine` is no row's fault."""
+    try:
+        image = pixels_of(task, max_pixels)
+        memories.write(task, np.asarray(image))
+    except RowError as error:
+        return error.code, str(error)
+    except EngineError as error:
+        return "engine", str(error)
+    except MemoryError:
+        return "image_too_large", "The image does not fit the memory."
+    return None, None
+
+
+def _spooled(task: Task) -> bytes:
+    try:
+        file = os.open(task.path, os.O_RDONLY)
+        try:
+            data = os.pread(file, task.num_bytes, task.offset)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise EngineError(f"the spool cannot be read: {error}") from error
+    if len(data) != task.num_bytes:
+        raise EngineError("the spool is shorter than it was")
+    return data
+
+
+class _Memories:
+    """The first memory that a task names stays mapped: it is the arena's. Others come and go."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[str, mmap.mmap] | None = None
+
+    def write(self, task: Task, pixels: np.ndarray) -> None:
+        if self._kept is not None and self._kept[0] == task.memory:
+            _write(self._kept[1], task, pixels)
+            return
+        memory = _map(task)
+        _write(memory, task, pixels)
+        if self._kept is None:
+            self._kept = task.memory, memory
+        else:
+            memory.close()
+
+
+def _write(memory: mmap.mmap, task: Task, pixels: np.ndarray) -> None:
+    np.copyto(np.ndarray(task.shape, np.uint8, memory, task.place), pixels)
+
+
+def _map(task: Task) -> mmap.mmap:
+    try:
+        file = os.open(task.memory, os.O_RDWR)
+        try:
+            return mmap.mmap(file, task.memory_size)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise EngineError(f"the shared memory cannot be mapped: {error}") from error
+
+
+def _say(stream: object, message: list[object]) -> None:
+    stream.write(json.dumps(message).encode() + b"\n")  # type: ignore[attr-defined]
+    stream.flush()  # type: ignore[attr-defined]
+
+
+def _silence() -> None:
+    """What decoding libraries print is said better by error codes."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)

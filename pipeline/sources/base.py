@@ -1,0 +1,176 @@
+"""What every source offers, and what all of them do alike with cells, ids and missing columns.
+
+A source lists its files without reading their rows, and reads any range of one file's rows in
+bounded memory. A row that cannot be read is still a row: it carries a RowError.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import RowError, UserError
+from pipeline.rows import ImageRef, Row
+from pipeline.settings import InputSettings
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One file of the input; `fingerprint` changes when its content does."""
+
+    path: str
+    num_rows: int
+    fingerprint: str
+    num_bytes: int
+
+
+class Source(ABC):
+    """An input. Subclasses list files, tell the columns and read ranges of rows."""
+
+    def __init__(self, settings: InputSettings, columns: Collection[str] | None = None) -> None:
+        self.settings = settings
+        self._asked = None if columns is None else frozenset(columns)
+
+    @abstractmethod
+    def schema(self) -> pa.Schema:
+        """The columns that are no images, with their types."""
+
+    @abstractmethod
+    def list_files(self) -> list[InputFile]:
+        """All files, sorted by path, before `settings.limit`."""
+
+    @abstractmethod
+    def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
+        """Rows [start, stop) of one file, in order; `read` checks their ids."""
+
+    def files(self) -> list[InputFile]:
+        """The files that hold the first `settings.limit` rows, sorted by path."""
+        files = self.list_files()
+        if not files:
+            raise UserError(f"input.path {_paths(self.settings)} holds no {self.settings.source} files.")
+        return files if self.settings.limit is None else _first_rows(files, self.settings.limit)
+
+    def read(self, path: str, start: int, stop: int) -> Iterator[Row]:
+        """Rows [start, stop) of one file; `Row.index` counts from 0. A repeated id is an error."""
+        seen: set[str] = set()
+        for row in self.read_rows(path, start, stop):
+            if self.settings.id is not None and row.error is None:
+                if row.row_id in seen:
+                    message = f"The id {row.row_id!r} stands on an earlier row of the shard too."
+                    row = replace(row, error=RowError("duplicate_id", message))
+                seen.add(row.row_id)
+            yield row
+
+    def wanted(self, available: Sequence[str]) -> list[str]:
+        """The columns of a file to read beside its images, in the file's order."""
+        skip = {self.settings.image, self.settings.video, self.settings.audio}
+        if self._asked is None:
+            return [name for name in available if name not in skip]
+        needed = self._asked | set(self.settings.keep)
+        needed |= {name for name in (self.settings.id, self.settings.messages) if name}
+        return [name for name in available if name in needed]
+
+    def check_columns(self, available: Collection[str], path: str) -> None:
+        """Raises the UserError that names a missing column and the nearest one there is."""
+        asked = {"input.id": self.settings.id, "input.image": self.settings.image}
+        asked |= {"input.messages": self.settings.messages, "input.video": self.settings.video}
+        asked |= {f"input.keep[{i}]": name for i, name in enumerate(self.settings.keep)}
+        asked |= {f"the prompts' {{{name}}}": name for name in sorted(self._asked or ())}
+        for key, name in asked.items():
+            if name is not None and name not in available:
+                raise UserError(_no_column(key, name, available, path))
+
+    def make_row(
+        self, path: str, start: int, number: int, record: Mapping[str, Any], image: Any = None
+    ) -> Row:
+        """The row of a record; a RowError among the values becomes the row's error."""
+        row_id, error = f"{file_name(path)}:{number}", None
+        images: tuple[ImageRef, ...] = ()
+        try:
+            for value in (*record.values(), image):
+                if isinstance(value, RowError):
+                    raise value
+            if self.settings.id is not None:
+                row_id = id_text(record.get(self.settings.id))
+            images = image_refs(image, self.settings.max_images)
+        except RowError as raised:
+            error = raised
+        messages = record.get(self.settings.messages) if self.settings.messages else None
+        return Row(row_id, number - start, record, images, messages, error)
+
+
+def file_name(path: str) -> str:
+    """The last part of a path or address."""
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def id_text(value: Any) -> str:
+    """An id as text; null, lists and structs are errors."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if value is None or isinstance(value, list | tuple | dict):
+        kind = "null" if value is None else "a list or struct"
+        raise RowError("bad_row", f"The row's id is {kind}.")
+    return str(value)
+
+
+def image_refs(cell: Any, max_images: int) -> tuple[ImageRef, ...]:
+    """The images of one cell: bytes, a {bytes, path} struct, a path or URL, or a list of these."""
+    if not isinstance(cell, list | tuple):
+        ref = _image_ref(cell)
+        return () if ref is None else (ref,)
+    if len(cell) > max_images:
+        message = f"The row has {len(cell)} images; input.max_images is {max_images}."
+        raise RowError("too_many_images", message)
+    refs = []
+    for number, part in enumerate(cell):
+        ref = _image_ref(part)
+        if ref is None:
+            raise RowError("missing_image", f"Image {number} of the row's list is null.")
+        refs.append(ref)
+    return tuple(refs)
+
+
+def _image_ref(cell: Any) -> ImageRef | None:
+    if isinstance(cell, dict):
+        if cell.get("bytes") is not None:
+            cell = cell["bytes"]
+        elif "path" in cell or "bytes" in cell:
+            cell = cell.get("path")
+    if cell is None or cell == "":
+        return None
+    if isinstance(cell, str):
+        return ImageRef(path=cell)
+    if isinstance(cell, bytes | bytearray | memoryview):
+        return ImageRef(data=bytes(cell))
+    kind = "a list inside a list" if isinstance(cell, list) else f"a {type(cell).__name__}"
+    raise RowError("bad_row", f"The image is neither bytes nor a path, but {kind}.")
+
+
+def _first_rows(files: list[InputFile], limit: int) -> list[InputFile]:
+    kept = []
+    for file in files:
+        if limit <= 0:
+            break
+        kept.append(replace(file, num_rows=min(limit, file.num_rows)))
+        limit -= file.num_rows
+    return kept
+
+
+def _no_column(key: str, name: str, available: Collection[str], path: str) -> str:
+    near = difflib.get_close_matches(name, available, 1, 0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(available))}."
+    if key == "input.image" and not near:
+        hint += " Set input.image to null for rows without images."
+    return f"{key} names the column {name!r}, which {path} does not have; {hint}"
+
+
+def _paths(settings: InputSettings) -> str:
+    return settings.path if isinstance(settings.path, str) else ", ".join(settings.path)

@@ -1,0 +1,135 @@
+"""Finds and opens input files, local or at any fsspec address, and fingerprints their content.
+
+Knows no file format. fsspec is imported only when an address needs it.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from typing import Any, BinaryIO, TypeVar
+
+from pipeline.errors import EngineError, UserError
+
+_MAGIC = "*?["
+_NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "VersionId")
+_T = TypeVar("_T")
+
+
+def is_local(path: str) -> bool:
+    """Whether the path needs no fsspec."""
+    return "://" not in path and "::" not in path
+
+
+def expand(paths: str | Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
+    """The files that paths, globs and folders name, each once, sorted."""
+    found: set[str] = set()
+    for path in (paths,) if isinstance(paths, str) else paths:
+        names = _expand_local(path, suffixes) if is_local(path) else _expand_remote(path, suffixes)
+        if not names:
+            raise UserError(f"input.path {path!r} matches no file.")
+        found.update(names)
+    return sorted(found)
+
+
+def _expand_local(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        return [name for name in _walk(path) if name.endswith(suffixes)]
+    if os.path.isfile(path):
+        return [os.path.normpath(path)]
+    if any(letter in path for letter in _MAGIC):
+        matches = glob.glob(path, recursive=True)
+        return [os.path.normpath(name) for name in matches if os.path.isfile(name)]
+    raise UserError(f"input.path {path!r} does not exist.")
+
+
+def _walk(folder: str) -> Iterable[str]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        yield from (os.path.normpath(os.path.join(root, n)) for n in names if not _hidden(n))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def _expand_remote(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    filesystem, name = filesystem_of(path)
+    try:
+        if any(letter in name for letter in _MAGIC):
+            names = [n for n, i in filesystem.glob(name, detail=True).items() if i["type"] == "file"]
+        elif filesystem.isdir(name):
+            names = [n for n in filesystem.find(name) if n.endswith(suffixes)]
+            names = [n for n in names if not _hidden(n.rsplit("/", 1)[-1])]
+        else:
+            names = [name] if filesystem.exists(name) else []
+    except Exception as error:  # noqa: BLE001 - each store has error classes of its own
+        raise UserError(f"input.path {path!r} cannot be listed: {error}.") from error
+    return [str(filesystem.unstrip_protocol(n)) for n in names]
+
+
+def filesystem_of(path: str) -> tuple[Any, str]:
+    """The fsspec filesystem of an address, and the name in it."""
+    from fsspec.core import url_to_fs
+
+    try:
+        filesystem, name = url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"input.path {path!r} cannot be opened: {error}") from error
+    return filesystem, name
+
+
+def open_binary(path: str) -> BinaryIO:
+    """A seekable file; reads of it may raise OSError."""
+    if is_local(path):
+        return open(path, "rb")
+    filesystem, name = filesystem_of(path)
+    file: BinaryIO = filesystem.open(name, "rb", cache_type="none")
+    return file
+
+
+def size_and_version(path: str) -> tuple[int, str | None]:
+    """Bytes of a file, and the store's own content version where it has one."""
+    if is_local(path):
+        return os.stat(path).st_size, None
+    filesystem, name = filesystem_of(path)
+    info = filesystem.info(name)
+    version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), None)
+    return int(info["size"]), version
+
+
+def fingerprint(file: BinaryIO, size: int, version: str | None, *known: bytes) -> str:
+    """Hash of a file's size, of what is `known` of it, and of samples unless it has a version.
+
+    Copying, moving or touching a file leaves the fingerprint; a change that keeps the size and
+    misses every sample and everything `known` is not seen.
+    """
+    digest = blake2b(str(size).encode(), digest_size=16)
+    for part in known:
+        digest.update(part)
+    if version is not None:
+        digest.update(version.encode())
+        return digest.hexdigest()
+    step = max(_SAMPLE_BYTES, size // _NUM_SAMPLES)
+    for offset in range(0, size, step):
+        file.seek(offset)
+        digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def in_threads(work: Callable[[str], _T], paths: Sequence[str]) -> list[_T]:
+    """`work` of each path, in order; many footers are read at once."""
+    if len(paths) <= 2:
+        return [work(path) for path in paths]
+    with ThreadPoolExecutor(min(16, len(paths))) as pool:
+        return list(pool.map(work, paths))
+
+
+def read_error(path: str, error: BaseException) -> EngineError:
+    """The error of an input that could be listed and cannot be read now."""
+    return EngineError(f"cannot read {path}: {error}")

@@ -1,0 +1,168 @@
+"""Rows of Parquet files, local or at an fsspec address, in bounded memory.
+
+Row groups are read in small batches through a buffered stream, so that a row group of any size
+costs no more memory than its largest page and one batch. See substrate notes in this folder's
+README for why `pre_buffer` is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import RowError, UserError
+from pipeline.rows import Row
+from pipeline.sources import files
+from pipeline.sources.base import InputFile, Source
+
+_TAIL_BYTES = 64 << 10  # read at once in the hope that the footer is in it
+_BATCH_BYTES = 8 << 20
+_MAX_BATCH_ROWS = 64
+_LOCAL_BUFFER, _REMOTE_BUFFER = 1 << 20, 8 << 20
+
+
+class ParquetSource(Source):
+    """`input.source: parquet`."""
+
+    def schema(self) -> pa.Schema:
+        path = self._paths()[0]
+        metadata, _ = _footer(path)
+        schema = metadata.schema.to_arrow_schema()
+        return pa.schema([schema.field(name) for name in self.wanted(schema.names)])
+
+    def list_files(self) -> list[InputFile]:
+        return files.in_threads(self._input_file, self._paths())
+
+    def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
+        with _open(path) as reader:
+            if stop > reader.metadata.num_rows:
+                raise files.read_error(path, ValueError("it has fewer rows than it had"))
+            first = 0
+            for group in range(reader.metadata.num_row_groups):
+                after = first + reader.metadata.row_group(group).num_rows
+                if first < stop and after > start:
+                    yield from self._read_group(reader, path, group, first, start, stop)
+                first = after
+
+    def _paths(self) -> list[str]:
+        return files.expand(self.settings.path, (".parquet", ".parq", ".pq"))
+
+    def _input_file(self, path: str) -> InputFile:
+        metadata, mark = _footer(path)
+        self.check_columns(metadata.schema.to_arrow_schema().names, path)
+        size, fingerprint = mark
+        return InputFile(path, metadata.num_rows, fingerprint, size)
+
+    def _read_group(
+        self, reader: pq.ParquetFile, path: str, group: int, first: int, start: int, stop: int
+    ) -> Iterator[Row]:
+        """Rows of one row group; what cannot be decoded, even one by one, becomes failed rows."""
+        stop = min(stop, first + reader.metadata.row_group(group).num_rows)
+        number = max(start, first)
+        available = reader.schema_arrow.names
+        columns = self.wanted(available)
+        image = self.settings.image if self.settings.image in available else None
+        read = [*columns, image] if image else columns
+        error: Exception | None = None
+        for batch_rows in (_batch_rows(reader.metadata.row_group(group), set(read)), 1):
+            try:
+                for record in _records(reader, group, read, batch_rows, number - first):
+                    if number >= stop:
+                        return
+                    cell = record.pop(image) if image else None
+                    yield self.make_row(path, start, number, record, cell)
+                    number += 1
+                if number >= stop:
+                    return
+            except (pa.ArrowException, OSError) as raised:
+                if _is_transient(path, raised):
+                    raise files.read_error(path, raised) from raised
+                error = raised
+        damage = RowError("bad_row", f"Row group {group} of {path} is damaged: {error}.")
+        for lost in range(number, stop):
+            yield self.make_row(path, start, lost, {name: damage for name in columns}, damage)
+
+
+def _footer(path: str) -> tuple[pq.FileMetaData, tuple[int, str]]:
+    """The metadata of a file, and its (size, fingerprint)."""
+    try:
+        size, version = files.size_and_version(path)
+        with files.open_binary(path) as file:
+            tail = _read_at(file, max(0, size - _TAIL_BYTES), _TAIL_BYTES)
+            length = int.from_bytes(tail[-8:-4], "little") + 8
+            if len(tail) < length <= size and tail[-4:] == b"PAR1":
+                tail = _read_at(file, size - length, length)
+            metadata = pq.read_metadata(pa.BufferReader(tail))
+            return metadata, (size, files.fingerprint(file, size, version, tail[-length:]))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is no readable Parquet file: {error}.") from error
+
+
+def _read_at(file: Any, offset: int, num_bytes: int) -> bytes:
+    file.seek(offset)
+    data: bytes = file.read(num_bytes)
+    return data
+
+
+def _open(path: str) -> pq.ParquetFile:
+    local = files.is_local(path)
+    try:
+        file = path if local else files.open_binary(path)
+        buffer = _LOCAL_BUFFER if local else _REMOTE_BUFFER
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer)
+    except (pa.ArrowException, OSError) as error:
+        raise files.read_error(path, error) from error
+
+
+def _records(
+    reader: pq.ParquetFile, group: int, columns: list[str], batch_rows: int, skip: int
+) -> Iterator[dict[str, Any]]:
+    """The row group's records after the first `skip`, as dictionaries of Python values."""
+    if not columns:
+        for _ in range(skip, reader.metadata.row_group(group).num_rows):
+            yield {}
+        return
+    for batch in reader.iter_batches(batch_rows, row_groups=[group], columns=columns):
+        if skip >= batch.num_rows:
+            skip -= batch.num_rows
+            continue
+        rest, skip = batch.slice(skip), 0
+        names = rest.schema.names
+        for values in zip(*(_values(rest.column(name), name) for name in names), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+def _values(array: pa.Array, name: str) -> list[Any]:
+    """A column as Python values; a RowError stands where a value has none."""
+    try:
+        values: list[Any] = array.to_pylist()
+        return values
+    except (ValueError, OverflowError):  # UnicodeDecodeError too
+        return [_value(scalar, name) for scalar in array]
+
+
+def _value(scalar: pa.Scalar, name: str) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return RowError("bad_row", f"The column {name!r} is not valid UTF-8.")
+    except (ValueError, OverflowError) as error:
+        return RowError("bad_row", f"The column {name!r} holds a value without meaning: {error}.")
+
+
+def _batch_rows(group: Any, columns: set[str]) -> int:
+    """Rows a batch, by the row group's mean row size."""
+    sizes = (group.column(i) for i in range(group.num_columns))
+    chosen = sum(c.total_uncompressed_size for c in sizes if c.path_in_schema.split(".")[0] in columns)
+    mean = max(1, chosen // max(1, group.num_rows))
+    return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // mean))
+
+
+def _is_transient(path: str, error: Exception) -> bool:
+    """Whether another attempt may read what this one could not: the disk or the network failed."""
+    if not isinstance(error, OSError):
+        return False
+    return error.errno is not None or not files.is_local(path)

@@ -1,0 +1,143 @@
+"""Each template's rendering, written out; images stand as «number»."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from pipeline.errors import RowError
+from pipeline.rows import Turn
+from pipeline.templates import NAMES, Control, Piece, render, template
+
+JANUS = (
+    "You are a helpful language and vision assistant. You are able to understand the visual"
+    " content that the user provides, and assist the user with a variety of tasks using natural"
+    " language."
+)
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
+    " helpful, detailed, and polite answers to the user's questions."
+)
+CHATML = (
+    "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}Q<|im_end|>\n<|im_start|>assistant\n"
+)
+LLAMA = "<|start_header_id|>{}<|end_header_id|>\n\n"
+ONE_IMAGE = {
+    "qwen2-vl": CHATML.format("You are a helpful assistant.", "<|vision_start|>«0»<|vision_end|>"),
+    "deepseek-vl2": "<｜begin▁of▁sentence｜><|User|>: «0»\nQ\n\n<|Assistant|>:",
+    "janus-pro": (
+        f"<｜begin▁of▁sentence｜>{JANUS}\n\n<|User|>: <begin_of_image>«0»<end_of_image>\nQ\n\n"
+        "<|Assistant|>:"
+    ),
+    "minicpmv": CHATML.format("You are a helpful assistant.", "«0»\n"),
+    "minicpmo": CHATML.format(
+        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "«0»\n"
+    ),
+    "llama_3_vision": (
+        f"<|begin_of_text|>{LLAMA.format('user')}«0»Q<|eot_id|>{LLAMA.format('assistant')}"
+    ),
+    "mistral": "<s>[INST]«0»Q[/INST]",
+    "vicuna_v1.1": f"<s>{VICUNA} USER: «0»\nQ ASSISTANT:",
+    "chatml-llava": CHATML.format("You are a helpful assistant.", "«0»\n"),
+    "gemma-it": (
+        "<bos><start_of_turn>user\n\n\n<start_of_image>«0»<end_of_image>\n\nQ<end_of_turn>\n"
+        "<start_of_turn>model\n"
+    ),
+    "kimi-vl": (
+        "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>"
+        "<|im_user|>user<|im_middle|><|media_start|>image<|media_content|>«0»<|media_end|>Q"
+        "<|im_end|><|im_assistant|>assistant<|im_middle|>"
+    ),
+}
+DIALOGUE = (
+    Turn("system", ("S",)),
+    Turn("user", ("Q",)),
+    Turn("assistant", ("A",)),
+    Turn("user", ("R",)),
+)
+WITH_DIALOGUE = {
+    "deepseek-vl2": (
+        "<｜begin▁of▁sentence｜>S<|User|>: Q\n\n<|Assistant|>:A<｜end▁of▁sentence｜>"
+        "<|User|>: R\n\n<|Assistant|>:"
+    ),
+    "mistral": "<s>[INST]Q[/INST]A</s>[INST]S\n\nR[/INST]",
+    "vicuna_v1.1": "<s>S USER: Q ASSISTANT: A</s>USER: R ASSISTANT:",
+    "gemma-it": (
+        "<bos><start_of_turn>user\nS\n\nQ<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n"
+        "<start_of_turn>user\nR<end_of_turn>\n<start_of_turn>model\n"
+    ),
+}
+
+
+def written(pieces: Sequence[Piece]) -> str:
+    return "".join(f"«{piece}»" if isinstance(piece, int) else piece for piece in pieces)
+
+
+def rendered(name: str, *turns: Turn) -> str:
+    return written(render(template(name), turns))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_image(name: str) -> None:
+    assert rendered(name, Turn("user", (0, "Q"))) == ONE_IMAGE[name]
+
+
+@pytest.mark.parametrize("name", WITH_DIALOGUE)
+def test_dialogue(name: str) -> None:
+    assert rendered(name, *DIALOGUE) == WITH_DIALOGUE[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_are_sound(name: str) -> None:
+    table = template(name)
+    assert table.name == name
+    frames = [table.user, table.assistant, table.image.replace("{image}", "{content}")]
+    for frame in [*frames, *([table.system] if table.system is not None else [])]:
+        assert frame.count("{content}") == 1
+    assert set(table.stop) <= set(table.control)
+    assert len(set(table.control)) == len(table.control)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_control_pieces_are_the_templates_own(name: str) -> None:
+    table = template(name)
+    spoken = "".join(table.control)
+    plain = [p for p in render(table, (Turn("user", ("x",)),)) if isinstance(p, Control)]
+    pieces = render(table, (Turn("user", (spoken,)),))
+    assert [piece for piece in pieces if isinstance(piece, Control)] == plain
+    assert spoken in "".join(p for p in pieces if isinstance(p, str) and type(p) is str)
+    assert all(type(one) is not str or type(two) is not str for one, two in pairs(pieces))
+
+
+def pairs(pieces: Sequence[Piece]) -> list[tuple[Piece, Piece]]:
+    return list(zip(pieces, pieces[1:], strict=False))
+
+
+def test_several_images_and_texts_between() -> None:
+    turn = Turn("user", ("a", 0, 1, "b", 2))
+    assert "user\na\n«0»\n«1»\nb\n«2»<|im_end|>" in rendered("minicpmv", turn)
+    assert "USER: a«0»\n«1»\nb«2» ASSISTANT:" in rendered("vicuna_v1.1", turn)
+
+
+def test_contents_lose_outer_blanks_where_the_template_strips() -> None:
+    turn = Turn("user", ("  a ", 0, " b\n"))
+    assert "user\na \n\n<start_of_image>«0»<end_of_image>\n\n b<end" in rendered("gemma-it", turn)
+    assert "user\n  a <|vision_start|>" in rendered("qwen2-vl", turn)
+
+
+@pytest.mark.parametrize(
+    ("name", "turns"),
+    [
+        ("gemma-it", (Turn("user", ("a",)), Turn("user", ("b",)))),
+        ("mistral", (Turn("assistant", ("a",)), Turn("user", ("b",)))),
+        ("mistral", (Turn("user", ("a",)), Turn("system", ("b",)))),
+        ("qwen2-vl", (Turn("tool", ("a",)),)),
+        ("gemma-it", (Turn("user", ("a",)), Turn("assistant", ("a",)), Turn("system", ("b",)))),
+        ("llama_3_vision", (Turn("system", ("s",)), Turn("user", (0, "b")))),
+    ],
+)
+def test_turns_that_a_template_refuses(name: str, turns: tuple[Turn, ...]) -> None:
+    with pytest.raises(RowError) as caught:
+        render(template(name), turns)
+    assert caught.value.code == "bad_messages"
