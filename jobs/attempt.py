@@ -5,12 +5,11 @@ Knows the shard's journal; not how shards are found, and not how the table is wr
 
 from __future__ import annotations
 
-import dataclasses
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from pipeline.errors import RowError, UserError
+from pipeline.errors import UserError
 from pipeline.rows import Answer, Row, ShardWork
 
 
@@ -31,7 +30,8 @@ class Attempt:
         prompts: Collection[str],
         keep: Collection[str],
         read: Callable[[], Iterable[Row]],
-        answers: dict[tuple[int, str], Answer],
+        answers: Mapping[tuple[int, str], Answer],
+        is_halted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.shard = shard
         self.num_rows = num_rows
@@ -39,6 +39,7 @@ class Attempt:
         self.keep = tuple(keep)
         self.num_resumed = len(answers)
         self._read = read
+        self._is_halted = is_halted
         self._answers = dict(answers)
         self._kept: list[KeptRow] = []
         self._lock = threading.Lock()
@@ -62,7 +63,7 @@ class Attempt:
 
     def work(self) -> ShardWork:
         """What the labeller is asked for."""
-        return ShardWork(self.shard, self._rows(), frozenset(self._answers))
+        return ShardWork(self.shard, self._rows_until_halted(), frozenset(self._answers))
 
     def receive(self, answer: Answer) -> tuple[bool, bool]:
         """Take an answer; says whether it is new, and whether its row now has all answers."""
@@ -93,14 +94,16 @@ class Attempt:
             missing[row] -= 1
         return {row: left for row, left in missing.items() if left}
 
+    def _rows_until_halted(self) -> Iterator[Row]:
+        """A run that stops needs no more rows, however many images they have."""
+        for row in self._rows():
+            if self._is_halted():
+                return
+            yield row
+
     def _rows(self) -> Iterator[Row]:
         kept: list[KeptRow] = []
-        seen: set[str] = set()
         for row in self._read():
-            if row.row_id in seen and row.error is None:
-                error = RowError("duplicate_id", f"Another row of the shard has id {row.row_id!r}.")
-                row = dataclasses.replace(row, error=error)
-            seen.add(row.row_id)
             kept.append(KeptRow(row.row_id, tuple(row.columns.get(name) for name in self.keep)))
             if len(kept) == self.num_rows:
                 self._kept = kept

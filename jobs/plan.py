@@ -22,6 +22,7 @@ from jobs.storage import StorageError
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
+MAX_RACES = 100  # other processes that planned between our reading and our writing
 _PART = re.compile(r"part-(\d+)\.jsonl")
 
 
@@ -80,15 +81,16 @@ class Plan:
     """All spans, the newest revision of each."""
 
     def __init__(self, spans: Iterable[Span], num_parts: int, redone: dict[int, int]) -> None:
-        newest: dict[int, Span] = {}
+        newest: dict[tuple[int, str], Span] = {}
         for span in spans:
-            known = newest.get(span.first_shard)
+            known = newest.get((span.first_shard, span.path))
             if known is None or span.revision > known.revision:
-                newest[span.first_shard] = span
+                newest[span.first_shard, span.path] = span
         self.spans = sorted(newest.values(), key=lambda span: span.first_shard)
         self.num_parts = num_parts
         self.redone = redone  # revisions of single shards
-        self._firsts = [span.first_shard for span in self.spans]
+        self._numbered = [span for span in self.spans if span.num_shards]
+        self._firsts = [span.first_shard for span in self._numbered]
 
     @property
     def num_shards(self) -> int:
@@ -120,9 +122,10 @@ class Plan:
         """Raises: KeyError."""
         number = shard_number(id_)
         index = bisect.bisect_right(self._firsts, number) - 1
-        if index < 0 or number >= self.spans[index].first_shard + self.spans[index].num_shards:
+        span = self._numbered[index] if index >= 0 else None
+        if span is None or number >= span.first_shard + span.num_shards:
             raise KeyError(id_)
-        return self._revised(self.spans[index].shard(number))
+        return self._revised(span.shard(number))
 
     def __contains__(self, id_: str) -> bool:
         try:
@@ -182,7 +185,7 @@ def grow_plan(
     `changed`: `refuse`, or `redo` to plan the shards of changed files anew.
     Raises: UserError for changed files.
     """
-    while True:
+    for _ in range(MAX_RACES):
         plan = load_plan(paths)
         news = _new_spans(plan, files, rows_per_shard, limit, changed)
         if not news:
@@ -190,11 +193,12 @@ def grow_plan(
         records = [{"kind": "span", **asdict(span)} for span in news]
         if _write_part(paths, plan.num_parts, records):
             log.info("planned %d shards", sum(span.num_shards for span in news))
+    raise StorageError(f"{paths.plan_folder} grew {MAX_RACES} times while it was read")
 
 
 def redo_shards(paths: RunPaths, shards: Sequence[str]) -> Plan:
     """Plan committed shards once more, each with the next revision; safe while others do it."""
-    while True:
+    for _ in range(MAX_RACES):
         plan = load_plan(paths)
         todo = [plan.shard(id_) for id_ in shards]
         records = [
@@ -204,6 +208,7 @@ def redo_shards(paths: RunPaths, shards: Sequence[str]) -> Plan:
             return plan
         if _write_part(paths, plan.num_parts, records):
             return load_plan(paths)
+    raise StorageError(f"{paths.plan_folder} grew {MAX_RACES} times while it was read")
 
 
 def _new_spans(

@@ -137,8 +137,8 @@ class WorkerPool:
             self.progress.stage(told["stage"])
         if "note" in told:
             self.progress.note(f"worker {member.number}: {told['note']}")
-        if "elsewhere" in told:
-            self.progress.committed_elsewhere(told["elsewhere"])
+        if "found" in told:
+            self.progress.found(told["found"])
         if "result" in told:
             member.result = told["result"]
 

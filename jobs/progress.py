@@ -68,10 +68,10 @@ class Progress:
             self._stream.write(text + "\n")
             self._stream.flush()
 
-    def committed_elsewhere(self, rows: int) -> None:
-        """Other processes have committed `rows` rows in all since this run began."""
+    def found(self, rows: int) -> None:
+        """`rows` more were done by others; below 0, were counted and must be found again."""
         with self._lock:
-            self.done_before = max(self.done_before, rows)
+            self.done_before += rows
 
     def rates(self) -> tuple[float, float]:
         """Rows and output tokens a second over the last minute."""

@@ -12,14 +12,18 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.cli import EXIT_FAILED, EXIT_USER
+from jobs.cli import EXIT_FAILED, EXIT_OK, EXIT_USER
 from jobs.progress import Counts
-from jobs.signals import StopRequest
+from jobs.signals import EXIT_STOPPED, StopRequest
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from jobs.worker import Worker
+
 REPORT_SEC = 0.5
+EXIT_DIED = 70  # an attempt failed: a fresh process may do better
 
 
 class PipeProgress:
@@ -42,8 +46,8 @@ class PipeProgress:
     def note(self, text: str) -> None:
         self.send({"note": text})
 
-    def committed_elsewhere(self, rows: int) -> None:
-        self.send({"elsewhere": rows})
+    def found(self, rows: int) -> None:
+        self.send({"found": rows})
 
     def close(self) -> None:
         self._closed.set()
@@ -68,30 +72,37 @@ class PipeProgress:
 
 
 def main(args: Sequence[str]) -> int:
-    from jobs.config import JobConfig
+    from jobs.config import config_from_values
     from jobs.job import Job
     from jobs.worker import Worker
 
     progress = PipeProgress(int(args[0]))
     stop = StopRequest().install()
-    text = _read_line(0)
+    values = json.loads(_read_line(0))
     stop.follow(0)
-    worker = None
     try:
-        worker = Worker(Job.open(JobConfig.model_validate_json(text)), stop, progress)
-        code = worker.run()
+        worker = Worker(Job.open(config_from_values(values)), stop, progress, restarts=True)
+        code = _work(worker, progress)
     except UserError as error:
         progress.note(str(error))
         code = EXIT_USER
-    except Exception as error:  # noqa: BLE001 - the runner must hear of it; the traceback follows
-        progress.note(f"{type(error).__name__}: {error}")
-        progress.send({"result": {"error": f"{type(error).__name__}: {error}"}})
-        sys.excepthook(*sys.exc_info())
-        code = EXIT_FAILED
-    if worker is not None:
-        progress.close()
-        progress.send({"result": worker.result()})
+    progress.close()
     return code
+
+
+def _work(worker: Worker, progress: PipeProgress) -> int:
+    from jobs.storage import StorageError
+    from jobs.worker import WorkerFailed
+
+    try:
+        return EXIT_OK if worker.run() else EXIT_STOPPED
+    except WorkerFailed:
+        return EXIT_DIED
+    except StorageError as error:
+        progress.note(str(error))
+        return EXIT_FAILED
+    finally:
+        progress.send({"result": worker.result()})
 
 
 def _read_line(fd: int) -> bytes:

@@ -84,6 +84,8 @@ def parse_yaml(text: str, name: str, env: Mapping[str, str] | None = None) -> Ya
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         problem = error.problem or error.context
+        if problem == "mapping values are not allowed here":
+            problem += " (a text that holds `: ` needs quotes)"
         raise UserError(f"{name}{line}: not valid YAML: {problem}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not valid YAML: {error}.") from error

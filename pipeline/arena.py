@@ -109,9 +109,7 @@ class Arena:
         extent = self._pool.take(num_bytes)
         if extent is None:
             return None
-        return Room(
-            self._block, extent.start, lambda: self._returned(num_bytes, extent=extent)
-        )
+        return Room(self._block, extent.start, lambda: self._returned(num_bytes, extent=extent))
 
     def _returned(
         self, num_bytes: int, block: Block | None = None, extent: Extent | None = None

@@ -11,7 +11,7 @@ import mmap
 import os
 import signal
 import socket
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -56,14 +56,14 @@ def pixels_of(task: Task, max_pixels: int) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def main(connection: int, max_pixels: int) -> None:
-    """Serve tasks until the socket closes."""
+def main(connection: int, max_pixels: int, arena: str) -> None:
+    """Serve tasks until the socket closes; `arena` is the memory that lives as long."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=connection) as link, link.makefile("rwb") as stream:
         _say(stream, [READY, None, None])
         _silence()
-        memories = _Memories()
+        memories = _Memories(arena)
         for line in stream:
             task = Task(*json.loads(line))
             try:
@@ -101,21 +101,20 @@ def _spooled(task: Task) -> bytes:
 
 
 class _Memories:
-    """The first memory that a task names stays mapped: it is the arena's. Others come and go."""
+    """Shared memory by path; the arena stays mapped, larger blocks come and go."""
 
-    def __init__(self) -> None:
-        self._kept: tuple[str, mmap.mmap] | None = None
+    def __init__(self, arena: str) -> None:
+        self._path = arena
+        self._arena: mmap.mmap | None = None
 
     def write(self, task: Task, pixels: np.ndarray) -> None:
-        if self._kept is not None and self._kept[0] == task.memory:
-            _write(self._kept[1], task, pixels)
+        if task.memory != self._path:
+            with _map(task) as memory:
+                _write(memory, task, pixels)
             return
-        memory = _map(task)
-        _write(memory, task, pixels)
-        if self._kept is None:
-            self._kept = task.memory, memory
-        else:
-            memory.close()
+        if self._arena is None:
+            self._arena = _map(task)
+        _write(self._arena, task, pixels)
 
 
 def _write(memory: mmap.mmap, task: Task, pixels: np.ndarray) -> None:
@@ -133,9 +132,9 @@ def _map(task: Task) -> mmap.mmap:
         raise EngineError(f"the shared memory cannot be mapped: {error}") from error
 
 
-def _say(stream: object, message: list[object]) -> None:
-    stream.write(json.dumps(message).encode() + b"\n")  # type: ignore[attr-defined]
-    stream.flush()  # type: ignore[attr-defined]
+def _say(stream: Any, message: list[object]) -> None:
+    stream.write(json.dumps(message).encode() + b"\n")
+    stream.flush()
 
 
 def _silence() -> None:

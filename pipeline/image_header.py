@@ -43,10 +43,8 @@ def read_header(data: bytes) -> ImageHeader:
     """The header of an encoded image, or a RowError that says what the bytes are instead."""
     if not data:
         raise RowError("empty_image")
-    for magic, reader in _READERS:
-        if data.startswith(magic):
-            break
-    else:
+    reader = next((read for magic, read in _READERS if data.startswith(magic)), None)
+    if reader is None:
         raise _refusal(data)
     try:
         header = reader(data)

@@ -76,7 +76,7 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
             raise
         except MemoryError:
             raise RowError("image_too_large", "The image does not fit the memory.") from None
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
+        except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError and more
             raise _decode_error(data, header, error) from None
     if image.size != header.size:
         raise RowError("corrupt_image", "The image's size differs from its header's.")
@@ -146,9 +146,9 @@ def _read(path: str, settings: InputSettings) -> bytes:
 def _fetch(url: str, settings: InputSettings) -> bytes:
     if not settings.remote:
         raise RowError("remote_disabled")
-    from pipeline import urls
+    from pipeline.urls import fetch
 
-    return urls.fetch(url, settings.remote_timeout_sec, settings.max_bytes)
+    return fetch(url, settings.remote_timeout_sec, settings.max_bytes)
 
 
 def _data_url(url: str, max_bytes: int) -> bytes:
@@ -190,7 +190,9 @@ def _read_local(path: str, max_bytes: int) -> bytes:
 def _read_store(path: str, max_bytes: int) -> bytes:
     scheme = path.partition("://")[0].lower()
     if "::" in path or scheme not in STORES:
-        raise RowError("remote_forbidden", f"Images cannot be read from {_short(scheme)} addresses.")
+        raise RowError(
+            "remote_forbidden", f"Images cannot be read from {_short(scheme)} addresses."
+        )
     from fsspec.core import url_to_fs
 
     try:
@@ -203,7 +205,7 @@ def _read_store(path: str, max_bytes: int) -> bytes:
         raise RowError("missing_file", f"{_short(path)} does not exist.") from None
     except RowError:
         raise
-    except Exception as error:  # each store has error classes of its own
+    except Exception as error:  # noqa: BLE001 - each store has error classes of its own
         raise RowError("remote_failed", f"{_short(path)} cannot be read: {error}.") from None
 
 

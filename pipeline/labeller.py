@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pipeline.errors import RowError
-from pipeline.feeder import Feeder
+from pipeline.feeder import SHARED_BYTES, Feeder
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.registry import family_for
 from pipeline.planner import Planner, PlanStats
@@ -44,7 +44,7 @@ class Labeller:
         on_cpu = choose_device(settings.engine).type == "cpu"
         workers = _num_workers(settings, on_cpu)
         self.feeder = Feeder(
-            workers, settings.input.max_bytes, settings.input.max_pixels,
+            workers, SHARED_BYTES, settings.input.max_pixels,
             resize=on_cpu or not self.family.fused,
         )  # fmt: skip
         set_threads(settings.engine, workers)

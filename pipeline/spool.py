@@ -27,7 +27,7 @@ class Spooled(NamedTuple):
 
 
 class Spool:
-    """Files of encoded images; `folder` is where they lie, by default the system's temporary one."""
+    """Files of encoded images; `folder` is where they lie, by default the system's for such."""
 
     def __init__(self, folder: str | None = None) -> None:
         self._folder = folder or tempfile.gettempdir()

@@ -176,7 +176,16 @@ def load_model(
     module = importlib.import_module(type(family).__module__.rpartition(".")[0] + ".model")
     build: Callable[[Checkpoint, Family, Weights], Model] = module.build
     weights = Weights(checkpoint.weight_files(), device, dtype, module.RENAME)
-    model = build(checkpoint, family, weights)
+    try:
+        model = build(checkpoint, family, weights)
+    except KeyError as error:
+        key = error.args[0]
+        raise UserError(f"model.id {checkpoint.id!r}: config.json lacks the key {key!r}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model.id {checkpoint.id!r}: the weights do not fit {weights.device}; "
+            "take a larger device or a smaller model"
+        ) from error
     weights.finish()
     if quantization == "fp8":
         quantize_decoder(model.decoder)

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipeline.errors import RowError, UserError
 from pipeline.rows import ImageRef, Row
 from pipeline.settings import InputSettings
+from pipeline.sources.cells import id_text, image_refs
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +53,19 @@ class Source(ABC):
         """The files that hold the first `settings.limit` rows, sorted by path."""
         files = self.list_files()
         if not files:
-            raise UserError(f"input.path {_paths(self.settings)} holds no {self.settings.source} files.")
+            raise UserError(
+                f"input.path {_paths(self.settings)} holds no {self.settings.source} files."
+            )
         return files if self.settings.limit is None else _first_rows(files, self.settings.limit)
 
     def read(self, path: str, start: int, stop: int) -> Iterator[Row]:
         """Rows [start, stop) of one file; `Row.index` counts from 0. A repeated id is an error."""
         seen: set[str] = set()
         for row in self.read_rows(path, start, stop):
-            if self.settings.id is not None and row.error is None:
-                if row.row_id in seen:
-                    message = f"The id {row.row_id!r} stands on an earlier row of the shard too."
-                    row = replace(row, error=RowError("duplicate_id", message))
-                seen.add(row.row_id)
+            if row.row_id in seen and row.error is None:
+                message = f"The id {row.row_id!r} stands on an earlier row of the shard too."
+                row = replace(row, error=RowError("duplicate_id", message))
+            seen.add(row.row_id)
             yield row
 
     def wanted(self, available: Sequence[str]) -> list[str]:
@@ -100,6 +102,7 @@ class Source(ABC):
             images = image_refs(image, self.settings.max_images)
         except RowError as raised:
             error = raised
+            record = {k: None if isinstance(v, RowError) else v for k, v in record.items()}
         messages = record.get(self.settings.messages) if self.settings.messages else None
         return Row(row_id, number - start, record, images, messages, error)
 
@@ -107,51 +110,6 @@ class Source(ABC):
 def file_name(path: str) -> str:
     """The last part of a path or address."""
     return path.rstrip("/").rsplit("/", 1)[-1]
-
-
-def id_text(value: Any) -> str:
-    """An id as text; null, lists and structs are errors."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    if value is None or isinstance(value, list | tuple | dict):
-        kind = "null" if value is None else "a list or struct"
-        raise RowError("bad_row", f"The row's id is {kind}.")
-    return str(value)
-
-
-def image_refs(cell: Any, max_images: int) -> tuple[ImageRef, ...]:
-    """The images of one cell: bytes, a {bytes, path} struct, a path or URL, or a list of these."""
-    if not isinstance(cell, list | tuple):
-        ref = _image_ref(cell)
-        return () if ref is None else (ref,)
-    if len(cell) > max_images:
-        message = f"The row has {len(cell)} images; input.max_images is {max_images}."
-        raise RowError("too_many_images", message)
-    refs = []
-    for number, part in enumerate(cell):
-        ref = _image_ref(part)
-        if ref is None:
-            raise RowError("missing_image", f"Image {number} of the row's list is null.")
-        refs.append(ref)
-    return tuple(refs)
-
-
-def _image_ref(cell: Any) -> ImageRef | None:
-    if isinstance(cell, dict):
-        if cell.get("bytes") is not None:
-            cell = cell["bytes"]
-        elif "path" in cell or "bytes" in cell:
-            cell = cell.get("path")
-    if cell is None or cell == "":
-        return None
-    if isinstance(cell, str):
-        return ImageRef(path=cell)
-    if isinstance(cell, bytes | bytearray | memoryview):
-        return ImageRef(data=bytes(cell))
-    kind = "a list inside a list" if isinstance(cell, list) else f"a {type(cell).__name__}"
-    raise RowError("bad_row", f"The image is neither bytes nor a path, but {kind}.")
 
 
 def _first_rows(files: list[InputFile], limit: int) -> list[InputFile]:

@@ -62,13 +62,15 @@ def _expand_remote(path: str, suffixes: tuple[str, ...]) -> list[str]:
     filesystem, name = filesystem_of(path)
     try:
         if any(letter in name for letter in _MAGIC):
-            names = [n for n, i in filesystem.glob(name, detail=True).items() if i["type"] == "file"]
+            names = [
+                n for n, i in filesystem.glob(name, detail=True).items() if i["type"] == "file"
+            ]
         elif filesystem.isdir(name):
             names = [n for n in filesystem.find(name) if n.endswith(suffixes)]
             names = [n for n in names if not _hidden(n.rsplit("/", 1)[-1])]
         else:
             names = [name] if filesystem.exists(name) else []
-    except Exception as error:  # noqa: BLE001 - each store has error classes of its own
+    except Exception as error:  # each store has error classes of its own
         raise UserError(f"input.path {path!r} cannot be listed: {error}.") from error
     return [str(filesystem.unstrip_protocol(n)) for n in names]
 
@@ -84,12 +86,13 @@ def filesystem_of(path: str) -> tuple[Any, str]:
     return filesystem, name
 
 
-def open_binary(path: str) -> BinaryIO:
+def open_binary(path: str, sequential: bool = False) -> BinaryIO:
     """A seekable file; reads of it may raise OSError."""
     if is_local(path):
         return open(path, "rb")
     filesystem, name = filesystem_of(path)
-    file: BinaryIO = filesystem.open(name, "rb", cache_type="none")
+    cache = "readahead" if sequential else "none"
+    file: BinaryIO = filesystem.open(name, "rb", cache_type=cache)
     return file
 
 
@@ -133,3 +136,27 @@ def in_threads(work: Callable[[str], _T], paths: Sequence[str]) -> list[_T]:
 def read_error(path: str, error: BaseException) -> EngineError:
     """The error of an input that could be listed and cannot be read now."""
     return EngineError(f"cannot read {path}: {error}")
+
+
+def list_folder(folder: str) -> list[tuple[str, int]]:
+    """(name, bytes) of the visible files that lie directly in a folder."""
+    if is_local(folder):
+        with os.scandir(folder) as entries:
+            return [
+                (e.name, e.stat().st_size) for e in entries if e.is_file() and not _hidden(e.name)
+            ]
+    filesystem, name = filesystem_of(folder)
+    infos = filesystem.ls(name, detail=True)
+    pairs = [(i["name"].rsplit("/", 1)[-1], int(i["size"])) for i in infos if i["type"] == "file"]
+    return [(name, size) for name, size in pairs if not _hidden(name)]
+
+
+def arrow_type(value: Any) -> Any:
+    """The Arrow type of a Python value; text when it has none of its own."""
+    import pyarrow as pa
+
+    try:
+        found = pa.infer_type([value])
+    except (pa.ArrowException, TypeError, ValueError):
+        return pa.string()
+    return pa.string() if pa.types.is_null(found) else found

@@ -17,6 +17,7 @@ from pipeline.errors import RowError, UserError
 from pipeline.rows import Row
 from pipeline.sources import files
 from pipeline.sources.base import InputFile, Source
+from pipeline.sources.cells import records
 
 _TAIL_BYTES = 64 << 10  # read at once in the hope that the footer is in it
 _BATCH_BYTES = 8 << 20
@@ -83,7 +84,7 @@ class ParquetSource(Source):
                 error = raised
         damage = RowError("bad_row", f"Row group {group} of {path} is damaged: {error}.")
         for lost in range(number, stop):
-            yield self.make_row(path, start, lost, {name: damage for name in columns}, damage)
+            yield self.make_row(path, start, lost, dict.fromkeys(columns, damage), damage)
 
 
 def _footer(path: str) -> tuple[pq.FileMetaData, tuple[int, str]]:
@@ -130,33 +131,15 @@ def _records(
             skip -= batch.num_rows
             continue
         rest, skip = batch.slice(skip), 0
-        names = rest.schema.names
-        for values in zip(*(_values(rest.column(name), name) for name in names), strict=True):
-            yield dict(zip(names, values, strict=True))
-
-
-def _values(array: pa.Array, name: str) -> list[Any]:
-    """A column as Python values; a RowError stands where a value has none."""
-    try:
-        values: list[Any] = array.to_pylist()
-        return values
-    except (ValueError, OverflowError):  # UnicodeDecodeError too
-        return [_value(scalar, name) for scalar in array]
-
-
-def _value(scalar: pa.Scalar, name: str) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        return RowError("bad_row", f"The column {name!r} is not valid UTF-8.")
-    except (ValueError, OverflowError) as error:
-        return RowError("bad_row", f"The column {name!r} holds a value without meaning: {error}.")
+        yield from records(rest)
 
 
 def _batch_rows(group: Any, columns: set[str]) -> int:
     """Rows a batch, by the row group's mean row size."""
     sizes = (group.column(i) for i in range(group.num_columns))
-    chosen = sum(c.total_uncompressed_size for c in sizes if c.path_in_schema.split(".")[0] in columns)
+    chosen = sum(
+        c.total_uncompressed_size for c in sizes if c.path_in_schema.split(".")[0] in columns
+    )
     mean = max(1, chosen // max(1, group.num_rows))
     return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // mean))
 

@@ -78,7 +78,7 @@ class Maker:
     def __init__(
         self, sampler: Sampler, encode: FastEncoder, every_kind: bool = False, variants: bool = True
     ):
-        """`every_kind`: asks the kinds in turn. `variants`: other wordings of the caption's prompt."""
+        """`every_kind`: asks all kinds in turn. `variants`: more wordings of the caption prompt."""
         self.sampler, self.encode, self.layout = sampler, encode, Layout(encode)
         self.every_kind, self.variants = every_kind, variants
 

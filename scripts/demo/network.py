@@ -276,7 +276,7 @@ class Network(nn.Module):
     """Qwen2.5-VL over packed sequences of one layout."""
 
     def __init__(self, shape: Shape, positions: Tensor, mask: Tensor, image_at: int):
-        """`positions` [3, n] and `mask` [n, n] of batches.Layout; the image starts at `image_at`."""
+        """`positions` [3, n] and `mask` [n, n]: batches.Layout; the image starts at `image_at`."""
         super().__init__()
         self.shape, self.image_at = shape, image_at
         self.visual, self.model = Vision(shape), Text(shape)

@@ -27,7 +27,8 @@ dog=dog-face,dog door dress/dresses duck elephant envelope fish/fish=tropical-fi
 flower=tulip fox/foxes frog ghost guitar hammer
 hat=top-hat,tophat helicopter horse=horse-face,horseface key leaf/leaves=maple-leaf,mapleleaf
 lemon lion lock=locked moon=crescent-moon,crescentmoon mushroom octopus/octopuses owl
-panda=panda,pandaface pencil penguin piano=musical-keyboard,musicalkeyboard pig=pig-face,pig pineapple
+panda=panda,pandaface pencil penguin piano=musical-keyboard,musicalkeyboard pig=pig-face,pig
+pineapple
 pizza=pizza,sliceofpizza rabbit=rabbit-face,bunny rocket rose
 saxophone shark shirt=t-shirt shoe=running-shoe snail snake
 snowman/snowmen=snowman-without-snow,snowmanwithoutsnow spider star strawberry/strawberries

@@ -122,6 +122,18 @@ def test_a_checkpoint_that_does_not_fit(
         open_ours(folder, spec.build)
 
 
+def test_a_config_that_lacks_a_key_is_told(tmp_path: Path) -> None:
+    import json
+
+    folder = write_qwen2_5_vl(tmp_path)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["vision_config"]["hidden_size"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config.json lacks the key 'hidden_size'"):
+        open_ours(folder, spec.build)
+
+
 def test_a_tied_checkpoint_may_store_its_head_as_well(tmp_path: Path) -> None:
     folder = write_qwen2_vl(tmp_path, tied=True)
     _rewrite(folder, {"lm_head.weight": torch.zeros(384, 64)})

@@ -1,0 +1,85 @@
+"""From the cells of a table to Python values, ids and image references.
+
+A cell without a meaningful value becomes a RowError in its place. Knows no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import RowError
+from pipeline.rows import ImageRef
+
+
+def records(batch: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows of a batch as dictionaries."""
+    names = batch.schema.names
+    columns = [values(batch.column(number), name) for number, name in enumerate(names)]
+    for row in zip(*columns, strict=True):
+        yield dict(zip(names, row, strict=True))
+
+
+def values(array: pa.Array, name: str) -> list[Any]:
+    """A column as Python values; a RowError stands where a value has none."""
+    try:
+        values: list[Any] = array.to_pylist()
+        return values
+    except (ValueError, OverflowError):  # UnicodeDecodeError too
+        return [_cell(scalar, name) for scalar in array]
+
+
+def _cell(scalar: pa.Scalar, name: str) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return RowError("bad_row", f"The column {name!r} is not valid UTF-8.")
+    except (ValueError, OverflowError) as error:
+        return RowError("bad_row", f"The column {name!r} holds a value without meaning: {error}.")
+
+
+def id_text(value: Any) -> str:
+    """An id as text; null, lists and structs are errors."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if value is None or isinstance(value, list | tuple | dict):
+        kind = "null" if value is None else "a list or struct"
+        raise RowError("bad_row", f"The row's id is {kind}.")
+    return str(value)
+
+
+def image_refs(cell: Any, max_images: int) -> tuple[ImageRef, ...]:
+    """The images of one cell: bytes, a {bytes, path} struct, a path or URL, or a list of these."""
+    if not isinstance(cell, list | tuple):
+        ref = _image_ref(cell)
+        return () if ref is None else (ref,)
+    if len(cell) > max_images:
+        message = f"The row has {len(cell)} images; input.max_images is {max_images}."
+        raise RowError("too_many_images", message)
+    refs = []
+    for number, part in enumerate(cell):
+        ref = _image_ref(part)
+        if ref is None:
+            raise RowError("missing_image", f"Image {number} of the row's list is null.")
+        refs.append(ref)
+    return tuple(refs)
+
+
+def _image_ref(cell: Any) -> ImageRef | None:
+    if isinstance(cell, dict):
+        if cell.get("bytes") is not None:
+            cell = cell["bytes"]
+        elif "path" in cell or "bytes" in cell:
+            cell = cell.get("path")
+    if cell is None or cell == "":
+        return None
+    if isinstance(cell, str):
+        return ImageRef(path=cell)
+    if isinstance(cell, bytes | bytearray | memoryview):
+        return ImageRef(data=bytes(cell))
+    kind = "a list inside a list" if isinstance(cell, list) else f"a {type(cell).__name__}"
+    raise RowError("bad_row", f"The image is neither bytes nor a path, but {kind}.")

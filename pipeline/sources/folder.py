@@ -1,0 +1,75 @@
+"""Rows of a folder of pictures: one row a file, with its name, path and folder as columns.
+
+Every folder that holds pictures is an input file of the plan, its pictures sorted by name.
+Knows nothing of what is inside the pictures.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterator
+from hashlib import blake2b
+
+import pyarrow as pa
+
+from pipeline.errors import UserError
+from pipeline.rows import Row
+from pipeline.sources import files
+from pipeline.sources.base import InputFile, Source
+
+_KINDS = "jpg jpeg png webp gif bmp tif tiff heic heif avif jxl jp2"  # some fail, none is skipped
+SUFFIXES = tuple(f".{kind}" for name in _KINDS.split() for kind in (name, name.upper()))
+COLUMNS = ("file_name", "path", "folder")
+
+
+class FolderSource(Source):
+    """`input.source: folder`."""
+
+    def schema(self) -> pa.Schema:
+        return pa.schema([(name, pa.string()) for name in self.wanted(COLUMNS)])
+
+    def list_files(self) -> list[InputFile]:
+        found = files.expand(self.settings.path, SUFFIXES)
+        folders = sorted({name.rpartition("/")[0] or "." for name in found})
+        self.check_columns({*COLUMNS, "image"}, folders[0] if folders else "a folder")
+        return files.in_threads(self._input_file, folders)
+
+    def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
+        pictures = self._pictures(path)
+        if stop > len(pictures):
+            raise files.read_error(path, ValueError("it has fewer pictures than it had"))
+        columns = self.wanted(COLUMNS)
+        for number in range(start, stop):
+            name = pictures[number][0]
+            address = f"{path}/{name}"
+            values = dict(zip(COLUMNS, (name, address, path), strict=True))
+            record = {column: values[column] for column in columns}
+            image = os.path.abspath(address) if files.is_local(address) else address
+            yield self.make_row(path, start, number, record, image if self.settings.image else None)
+
+    def _input_file(self, folder: str) -> InputFile:
+        pictures = self._pictures(folder)
+        digest = blake2b(digest_size=16)
+        for name, size in pictures:
+            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogatepass"))
+        num_bytes = sum(size for _, size in pictures)
+        return InputFile(folder, len(pictures), digest.hexdigest(), num_bytes)
+
+    def _pictures(self, folder: str) -> list[tuple[str, int]]:
+        """(name, bytes) of the folder's own pictures that `input.path` means, sorted."""
+        try:
+            found = [(n, size) for n, size in files.list_folder(folder) if n.endswith(SUFFIXES)]
+        except OSError as error:
+            raise UserError(f"the folder {folder} cannot be listed: {error}.") from error
+        masks = self._masks()
+        if masks:
+            found = [(n, s) for n, s in found if any(fnmatch.fnmatchcase(n, m) for m in masks)]
+        return sorted(found)
+
+    def _masks(self) -> list[str]:
+        """The file name patterns of `input.path`; none when it names a whole folder."""
+        paths = self.settings.path
+        names = [paths] if isinstance(paths, str) else list(paths)
+        masks = [name.rstrip("/").rpartition("/")[2] for name in names]
+        return masks if all(mask.endswith(SUFFIXES) or "*" in mask for mask in masks) else []

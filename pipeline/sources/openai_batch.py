@@ -1,0 +1,108 @@
+"""Rows of JSON-lines files of chat requests, such as OpenAI's batch files.
+
+A line is `{"custom_id": …, "body": {"messages": […]}}` or `{"messages": […]}`; its other keys
+become columns. The sampling keys of a request are not obeyed: a job has one `generation`. Knows
+nothing of what the messages mean.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+
+from pipeline.errors import RowError, UserError
+from pipeline.rows import Row
+from pipeline.sources import files
+from pipeline.sources.base import InputFile, Source
+
+MAX_LINE_BYTES = 256 << 20
+_DEFAULT_ID = "custom_id"
+
+
+class OpenAIBatchSource(Source):
+    """`input.source: openai`."""
+
+    def schema(self) -> pa.Schema:
+        record = self._first_record()
+        fields = [(name, files.arrow_type(record[name])) for name in self.wanted(list(record))]
+        return pa.schema(fields)
+
+    def list_files(self) -> list[InputFile]:
+        paths = files.expand(self.settings.path, (".jsonl", ".jsonl.gz", ".ndjson"))
+        return files.in_threads(_input_file, paths)
+
+    def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
+        number = 0
+        for number, line in enumerate(_lines(path)):
+            if number >= stop:
+                return
+            if number >= start:
+                yield self._row(path, start, number, line)
+        if number + 1 < stop:
+            raise files.read_error(path, ValueError("it has fewer lines than it had"))
+
+    def _row(self, path: str, start: int, number: int, line: bytes) -> Row:
+        try:
+            record = _record(line)
+        except RowError as error:
+            return self.make_row(path, start, number, {}, error)
+        kept = {name: record[name] for name in self.wanted(list(record))}
+        image = record.get(self.settings.image) if self.settings.image else None
+        row = self.make_row(path, start, number, kept, image)
+        messages = record.get(self.settings.messages or "messages")
+        own = record.get(_DEFAULT_ID) if self.settings.id is None else None
+        return replace(row, messages=messages, row_id=own if isinstance(own, str) else row.row_id)
+
+    def _first_record(self) -> dict[str, Any]:
+        for path in files.expand(self.settings.path, (".jsonl", ".jsonl.gz", ".ndjson")):
+            for line in _lines(path):
+                try:
+                    return _record(line)
+                except RowError:
+                    continue
+        return {}
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """The line's keys, with those of its `body` beside them."""
+    if len(line) > MAX_LINE_BYTES:
+        raise RowError("bad_row", f"The line has more than {MAX_LINE_BYTES} bytes.")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RowError("bad_row", f"The line is no JSON: {error}.") from None
+    if not isinstance(record, dict):
+        raise RowError("bad_row", "The line is JSON, but no object.")
+    body = record.pop("body", None)
+    return {**(body if isinstance(body, dict) else {}), **record}
+
+
+def _input_file(path: str) -> InputFile:
+    """Counts the lines; the whole file is read once, so its whole content is the fingerprint."""
+    digest, count = blake2b(digest_size=16), 0
+    try:
+        for line in _lines(path):
+            digest.update(line)
+            count += 1
+        size, _ = files.size_and_version(path)
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    return InputFile(path, count, digest.hexdigest(), size)
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    """The lines that are not blank; of a line that is too long its beginning, a little too long."""
+    with files.open_binary(path, sequential=True) as raw:
+        file = cast(BinaryIO, gzip.open(raw)) if path.endswith(".gz") else raw
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            rest = line
+            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE_BYTES + 1)
+            if not line.isspace():
+                yield line

@@ -1,0 +1,182 @@
+"""Rows of WebDataset tar files: one row a sample, which is the files that share a key.
+
+Pictures of a sample are its images; a `.json` gives its keys as columns, text files give a column
+of their extension's name. Counting rows walks the headers, since a tar file has no index. Knows
+no other archive.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from pipeline.errors import RowError, UserError
+from pipeline.rows import Row
+from pipeline.sources import files
+from pipeline.sources.base import InputFile, Source
+from pipeline.sources.folder import SUFFIXES as PICTURES
+
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # key, extension
+_TARS = (".tar", ".tar.gz", ".tgz")
+_TEXTS = frozenset({"txt", "text", "caption", "cls", "id", "url", "prompt", "question", "answer"})
+_MAX_TEXT_BYTES = 16 << 20
+
+
+class _Member(NamedTuple):
+    """One file of a sample."""
+
+    extension: str
+    info: tarfile.TarInfo
+
+
+class WebDatasetSource(Source):
+    """`input.source: webdataset`. `input.image` is `image` for every picture, or an extension."""
+
+    def schema(self) -> pa.Schema:
+        record = self._first_record()
+        return pa.schema([(n, files.arrow_type(record[n])) for n in self.wanted(list(record))])
+
+    def list_files(self) -> list[InputFile]:
+        return files.in_threads(_input_file, files.expand(self.settings.path, _TARS))
+
+    def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
+        number = -1
+        try:
+            with _open(path) as tar:
+                for number, (key, members) in enumerate(_samples(tar)):
+                    if number >= stop:
+                        return
+                    if number >= start:
+                        yield self._row(tar, path, start, number, key, members)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise files.read_error(path, error) from error
+        if number + 1 < stop:
+            raise files.read_error(path, ValueError("it has fewer samples than it had"))
+
+    def _row(
+        self,
+        tar: tarfile.TarFile,
+        path: str,
+        start: int,
+        number: int,
+        key: str,
+        members: list[_Member],
+    ) -> Row:
+        try:
+            images: Any = [self._picture(tar, m) for m in members if self._is_image(m)]
+        except RowError as error:
+            images = error
+        else:
+            images = None if not images else images[0] if len(images) == 1 else images
+        record = _record(tar, key, members)
+        wanted = {name: record[name] for name in self.wanted(list(record))}
+        return self.make_row(path, start, number, wanted, images)
+
+    def _is_image(self, member: _Member) -> bool:
+        chosen = self.settings.image
+        if chosen in (None, "image"):
+            return chosen is not None and f".{member.extension}".endswith(PICTURES)
+        return member.extension == chosen
+
+    def _picture(self, tar: tarfile.TarFile, member: _Member) -> bytes:
+        if member.info.size > self.settings.max_bytes:
+            message = f"The image has more than {self.settings.max_bytes} bytes."
+            raise RowError("file_too_large", message)
+        return _content(tar, member)
+
+    def _first_record(self) -> dict[str, Any]:
+        for path in files.expand(self.settings.path, _TARS):
+            with _open(path) as tar:
+                for key, members in _samples(tar):
+                    return _record(tar, key, members)
+        return {}
+
+
+def _record(tar: tarfile.TarFile, key: str, members: list[_Member]) -> dict[str, Any]:
+    """The sample's columns that are no pictures."""
+    record: dict[str, Any] = {"__key__": key}
+    for member in members:
+        kind = member.extension.rpartition(".")[2].lower()
+        if kind == "json":
+            value = _json(tar, member)
+            record |= value if isinstance(value, dict) else {member.extension: value}
+        elif kind in _TEXTS:
+            record[member.extension] = _text(tar, member)
+    return record
+
+
+def _json(tar: tarfile.TarFile, member: _Member) -> Any:
+    text = _text(tar, member)
+    if isinstance(text, RowError):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return RowError("bad_row", f"The sample's {member.extension} is no JSON: {error}.")
+
+
+def _text(tar: tarfile.TarFile, member: _Member) -> str | RowError:
+    if member.info.size > _MAX_TEXT_BYTES:
+        return RowError("bad_row", f"The sample's {member.extension} is too large for text.")
+    try:
+        return _content(tar, member).decode()
+    except UnicodeDecodeError:
+        return RowError("bad_row", f"The sample's {member.extension} is not valid UTF-8.")
+
+
+def _content(tar: tarfile.TarFile, member: _Member) -> bytes:
+    file = tar.extractfile(member.info)
+    return file.read() if file is not None else b""
+
+
+def _open(path: str) -> tarfile.TarFile:
+    raw = files.open_binary(path, sequential=True)
+    mode = "r:" if path.endswith(".tar") else "r:gz"
+    try:
+        tar = tarfile.open(fileobj=raw, mode=mode)  # type: ignore[call-overload]
+    except (tarfile.TarError, OSError, EOFError):
+        raw.close()
+        raise
+    opened: tarfile.TarFile = tar
+    return opened
+
+
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[_Member]]]:
+    """Neighbouring files with the same key; a repeated extension begins a new sample."""
+    key = ""
+    members: list[_Member] = []
+    while (info := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # else every header is kept
+        match = _NAME.fullmatch(info.name)
+        if match is None or not info.isfile():
+            continue
+        if members and (match[1] != key or match[2] in {m.extension for m in members}):
+            yield key, members
+            members = []
+        key = match[1]
+        members.append(_Member(match[2], info))
+    if members:
+        yield key, members
+
+
+def _input_file(path: str) -> InputFile:
+    digest, count = blake2b(digest_size=16), 0
+    try:
+        size, version = files.size_and_version(path)
+        with _open(path) as tar:
+            for key, members in _samples(tar):
+                count += 1
+                for member in members:
+                    info = member.info
+                    digest.update(f"{key}\0{member.extension}\0{info.size}\0".encode())
+        with files.open_binary(path) as raw:
+            mark = files.fingerprint(raw, size, version, digest.digest())
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{path} is no readable tar file: {error}.") from error
+    return InputFile(path, count, mark, size)

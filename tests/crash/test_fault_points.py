@@ -1,0 +1,161 @@
+"""Death and failing storage at every named step, then one plain run: nothing lost or doubled."""
+
+from __future__ import annotations
+
+import signal
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs.faults import POINTS
+from tests.helpers.job_folder import JobFolder, as_json, end, make_input, make_job
+
+NUM_ROWS = 24
+JOB = {"num_rows": NUM_ROWS, "rows_per_shard": 6, "files": 2}
+FIRST_RUN = ("plan.", "manifest.")  # passed only where there is no run folder yet
+REDO = ("commit.before_replace", "commit.after_replace")  # passed only by redone shards
+SIGNALLED = {"kill": -signal.SIGKILL, "torn": -signal.SIGKILL}
+SLOW = {"FAKE_DELAY_SEC": "0.05"}  # long enough for a heartbeat
+
+
+@cache
+def _expected(redone: bool) -> list[dict[str, Any]]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(Path(folder) / "job", **JOB)
+        if redone:
+            _change_input(job)
+        done = job.run()
+        assert done.returncode == 0, done.stderr
+        return job.content()
+
+
+def _change_input(job: JobFolder) -> None:
+    make_input(job.folder / "input/part-0.parquet", NUM_ROWS // 2, prefix="other")
+
+
+def _args(point: str) -> tuple[str, ...]:
+    return ("--changed", "redo") if point in REDO else ()
+
+
+def _prepare(tmp_path: Path, point: str) -> JobFolder:
+    """A job at the moment before the run that is to pass `point`."""
+    job = make_job(tmp_path / "job", **JOB)
+    if point in REDO:
+        assert job.run().returncode == 0
+        _change_input(job)
+    elif not point.startswith(FIRST_RUN):
+        assert job.run(env={"FAKE_KILL_AT": "17"}).returncode == -signal.SIGKILL
+    return job
+
+
+def _env(point: str, action: str, hit: str = "1") -> dict[str, str]:
+    env = {"VLM_BATCH_FAULT": f"{point}:{action}:{hit}"}
+    return env | (SLOW if point == "lease.heartbeat" else {})
+
+
+def _finish(job: JobFolder, point: str) -> None:
+    done = job.run(*_args(point))
+    assert done.returncode == 0, done.stderr
+    assert job.content() == _expected(point in REDO)
+    verified = job.call("verify", str(job.out))
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    leftovers = [p for name in ("tmp", "journal", "leases") for p in (job.out / name).rglob("*")]
+    assert not leftovers
+
+
+def _regenerated(job: JobFolder) -> int:
+    return sum(count - 1 for count in job.generated().values())
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_kill(tmp_path: Path, point: str) -> None:
+    job = _prepare(tmp_path, point)
+    ended = job.run(*_args(point), env=_env(point, "kill"))
+    assert ended.returncode == -signal.SIGKILL, f"{point} was not passed: {ended.stderr}"
+    _finish(job, point)
+    assert _regenerated(job) <= (2 if point not in REDO else 2 * NUM_ROWS)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("hit", ["2", "3", "5"])
+@pytest.mark.parametrize("point", POINTS)
+def test_kill_at_a_later_passage(tmp_path: Path, point: str, hit: str) -> None:
+    job = _prepare(tmp_path, point)
+    ended = job.run(*_args(point), env=_env(point, "kill", hit))
+    assert ended.returncode in (0, -signal.SIGKILL), ended.stderr
+    _finish(job, point)
+
+
+def test_torn_record(tmp_path: Path) -> None:
+    job = _prepare(tmp_path, "journal.append")
+    ended = job.run(env=_env("journal.append", "torn", "4"))
+    assert ended.returncode == -signal.SIGKILL
+    _finish(job, "journal.append")
+    assert _regenerated(job) <= 2
+
+
+@pytest.mark.parametrize("point", ["journal.append", "journal.sync", "commit.before_write"])
+def test_full_disk_is_one_sentence(tmp_path: Path, point: str) -> None:
+    job = _prepare(tmp_path, point)
+    ended = job.run(env=_env(point, "enospc", "2+"))
+    assert ended.returncode == 1
+    assert "No space left" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    _finish(job, point)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("action", ["enospc", "eio", "erofs", "edquot", "estale", "term"])
+@pytest.mark.parametrize("hit", ["1", "2", "1+"])
+@pytest.mark.parametrize("point", POINTS)
+def test_failing_storage(tmp_path: Path, point: str, action: str, hit: str) -> None:
+    job = _prepare(tmp_path, point)
+    ended = job.run(*_args(point), env=_env(point, action, hit))
+    assert ended.returncode in (0, 1, 2, 75), ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr
+    _finish(job, point)
+
+
+def _wait_until_stopped(pid: int) -> None:
+    until = time.monotonic() + 20
+    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < until, "never stopped"
+        time.sleep(0.02)
+
+
+def _stop_past_lease_and_wake(tmp_path: Path, point: str) -> None:
+    job = _prepare(tmp_path, point)
+    first = job.start_run(*_args(point), env=_env(point, "stop"))
+    _wait_until_stopped(first.pid)
+    second = job.run(*_args(point))
+    assert second.returncode == 0, second.stderr
+    before = [(part.name, part.read_bytes()) for part in job.parts()]
+    code = end(first, signal.SIGCONT)
+    assert code == 0
+    assert [(part.name, part.read_bytes()) for part in job.parts()] == before
+    _finish(job, point)
+
+
+def test_stopped_past_its_lease_and_woken(tmp_path: Path) -> None:
+    """The late commit loses: the parts are the other process's, byte for byte."""
+    _stop_past_lease_and_wake(tmp_path, "commit.before_link")
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("point", [p for p in POINTS if p != "lease.before_acquire"])
+def test_stopped_at_every_step(tmp_path: Path, point: str) -> None:
+    _stop_past_lease_and_wake(tmp_path, point)
+
+
+def test_status_works_beside_a_dead_worker(tmp_path: Path) -> None:
+    job = _prepare(tmp_path, "lease.heartbeat")
+    status = as_json(job.call("status", str(job.out), "--json"))
+    assert not status["complete"]
+    assert [worker["dead"] for worker in status["workers"]] == [True] * len(status["workers"])
+    assert status["rows"]["left"] + status["rows"]["ok"] == NUM_ROWS
