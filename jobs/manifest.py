@@ -6,6 +6,7 @@ stand in `plan/`, because they may grow. Knows nothing of shards.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -21,6 +22,7 @@ from jobs.paths import RunPaths
 from pipeline.errors import UserError
 
 SCHEMA_VERSION = 1
+DIGEST = "digest"
 PACKAGES = (
     "vlm-batch",
     "torch",
@@ -74,9 +76,8 @@ def open_manifest(
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             packages=package_versions(),
         )
-        text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n"
         fault("manifest.before_write")
-        if paths.storage.write_exclusive(paths.manifest, text.encode()):
+        if paths.storage.write_exclusive(paths.manifest, _encode(manifest)):
             fault("manifest.after_write")
             return manifest
         found = read_manifest(paths)
@@ -96,17 +97,27 @@ def read_manifest(paths: RunPaths) -> Manifest | None:
     try:
         values = json.loads(data)
         version = values["schema_version"]
-        known = {key: values[key] for key in Manifest.__dataclass_fields__ if key in values}
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"{where} was written by a newer vlm-batch (schema version {version}, this one "
+                f"knows {SCHEMA_VERSION}): update vlm-batch."
+            )
+        manifest = Manifest(**{k: v for k, v in values.items() if k != DIGEST})
+        if data != _encode(manifest):
+            raise ValueError("its digest does not hold")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{where} is damaged: restore it from a backup, or start a new run folder."
         ) from error
-    if version > SCHEMA_VERSION:
-        raise UserError(
-            f"{where} was written by a newer vlm-batch (schema version {version}, this one knows "
-            f"{SCHEMA_VERSION}): update vlm-batch."
-        )
-    return Manifest(**known)
+    return manifest
+
+
+def _encode(manifest: Manifest) -> bytes:
+    """The file's bytes; its last key proves the others."""
+    values = asdict(manifest)
+    text = json.dumps(values, sort_keys=True)
+    values[DIGEST] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def require_manifest(paths: RunPaths) -> Manifest:

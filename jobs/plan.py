@@ -286,11 +286,16 @@ def _part_numbers(paths: RunPaths) -> list[int]:
 def _write_part(paths: RunPaths, number: int, records: Sequence[dict[str, Any]]) -> bool:
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     body = "".join(f"{line}\n" for line in lines).encode()
-    tail = json.dumps({"kind": "end", "lines": len(lines), "crc32": zlib.crc32(body)}) + "\n"
     fault("plan.before_write")
-    made = paths.storage.write_exclusive(paths.plan_part(number), body + tail.encode())
+    made = paths.storage.write_exclusive(paths.plan_part(number), body + _end(body))
     fault("plan.after_write")
     return made
+
+
+def _end(body: bytes) -> bytes:
+    """The last line of a part, which proves the others."""
+    end = {"kind": "end", "lines": body.count(b"\n"), "crc32": zlib.crc32(body)}
+    return json.dumps(end).encode() + b"\n"
 
 
 def _read_part(paths: RunPaths, number: int) -> list[dict[str, Any]]:
@@ -299,14 +304,12 @@ def _read_part(paths: RunPaths, number: int) -> list[dict[str, Any]]:
         data = paths.storage.read(name)
     except FileNotFoundError as error:
         raise StorageError(f"{name} went away while it was read") from error
-    body, _, tail = data.rstrip(b"\n").rpartition(b"\n")
-    body += b"\n" if body else b""
+    body = data[: data.rstrip(b"\n").rfind(b"\n") + 1]
     try:
-        end = json.loads(tail)
-        if end["crc32"] != zlib.crc32(body):
+        if data != body + _end(body):
             raise ValueError("its checksum does not hold")
         records: list[dict[str, Any]] = [json.loads(line) for line in body.splitlines()]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise UserError(
             f"{paths.url(name)} is damaged ({error}): restore it from a backup, or start a new run "
             "folder."

@@ -83,7 +83,7 @@ class Worker:
         self._stats: dict[str, Any] = {}
         self._failures: Counter[str] = Counter()  # of each shard
         self._failures_in_a_row = 0
-        self._read_error: Exception | None = None
+        self._pull_error: Exception | None = None
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._commits: list[Future[None]] = []
 
@@ -130,15 +130,25 @@ class Worker:
 
     def _works(self) -> Iterator[ShardWork]:
         while not self.stop:
-            with self._lock:
-                ticket = self.queue.take()
-            if ticket is None:
+            try:
+                shard = self._take()
+            except OSError as error:
+                self._pull_error = StorageError(f"taking a shard failed: {error}")
+                raise self._pull_error from error
+            except (StorageError, UserError) as error:
+                self._pull_error = error
+                raise
+            if shard is None:
                 return
-            shard = self._begin(ticket)
             if shard.attempt.is_complete:
                 self._submit(shard)
             else:
                 yield shard.attempt.work()
+
+    def _take(self) -> OpenShard | None:
+        with self._lock:
+            ticket = self.queue.take()
+        return None if ticket is None else self._begin(ticket)
 
     def _begin(self, ticket: Ticket) -> OpenShard:
         job, shard = self.job, ticket.shard
@@ -175,7 +185,7 @@ class Worker:
         try:
             yield from self.job.source.read(shard.path, shard.start, shard.stop)
         except Exception as error:
-            self._read_error = error
+            self._pull_error = error
             raise
 
     # Labelling: the main thread.
@@ -189,10 +199,12 @@ class Worker:
                 self._receive(answer)
             if self._open_incomplete() and not self.stop:
                 raise EngineError("the labeller ended before all its answers were there")
-        except (UserError, StorageError):
-            raise
         except Exception as error:  # noqa: BLE001 - a broken device raises whatever it likes
-            self._attempt_failed(self._read_error or error)
+            # NOTE: what went wrong where the labeller pulled may reach us in another coat.
+            cause, self._pull_error = self._pull_error or error, None
+            if isinstance(cause, UserError | StorageError):
+                raise cause from None
+            self._attempt_failed(cause)
 
     def _get_labeller(self) -> Any:
         if self._labeller is None:
@@ -290,9 +302,9 @@ class Worker:
 
     def _attempt_failed(self, error: Exception) -> None:
         """Give the open shards back, and decide whether to try again."""
-        log.warning("attempt failed: %s", error, exc_info=not isinstance(error, EngineError))
+        if not isinstance(error, EngineError | OSError):
+            log.warning("an error that no part of the pipeline expects", exc_info=error)
         self.progress.note(f"attempt failed: {_describe(error)}")
-        self._read_error = None
         self._finish_commits()
         self._failures_in_a_row += 1
         attempts = self.job.config.retry.attempts

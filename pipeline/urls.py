@@ -258,4 +258,3 @@ def _body(response: http.client.HTTPResponse, deadline: Deadline, max_bytes: int
     if expected is not None and len(data) < expected:
         raise http.client.IncompleteRead(b"", expected - len(data))
     return bytes(data)
-

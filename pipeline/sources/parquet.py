@@ -29,16 +29,15 @@ class ParquetSource(Source):
     """`input.source: parquet`."""
 
     def schema(self) -> pa.Schema:
-        path = self._paths()[0]
-        metadata, _ = _footer(path)
+        metadata, _ = _footer(self.address(self.find_paths()[0]))
         schema = metadata.schema.to_arrow_schema()
         return pa.schema([schema.field(name) for name in self.wanted(schema.names)])
 
     def list_files(self) -> list[InputFile]:
-        return files.in_threads(self._input_file, self._paths())
+        return files.in_threads(self._input_file, self.find_paths())
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
-        with _open(path) as reader:
+        with _open(self.address(path)) as reader:
             if stop > reader.metadata.num_rows:
                 raise files.read_error(path, ValueError("it has fewer rows than it had"))
             first = 0
@@ -48,11 +47,16 @@ class ParquetSource(Source):
                     yield from self._read_group(reader, path, group, first, start, stop)
                 first = after
 
-    def _paths(self) -> list[str]:
+    def find_paths(self) -> list[str]:
+        """The paths of the input, sorted."""
         return files.expand(self.settings.path, (".parquet", ".parq", ".pq"))
 
+    def address(self, path: str) -> str:
+        """Where the file of a path lies."""
+        return path
+
     def _input_file(self, path: str) -> InputFile:
-        metadata, mark = _footer(path)
+        metadata, mark = _footer(self.address(path))
         self.check_columns(metadata.schema.to_arrow_schema().names, path)
         size, fingerprint = mark
         return InputFile(path, metadata.num_rows, fingerprint, size)

@@ -11,6 +11,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -43,12 +44,23 @@ class WebDatasetSource(Source):
         return pa.schema([(n, files.arrow_type(record[n])) for n in self.wanted(list(record))])
 
     def list_files(self) -> list[InputFile]:
-        return files.in_threads(_input_file, files.expand(self.settings.path, _TARS))
+        return files.in_threads(self._input_file, self.find_paths())
+
+    def find_paths(self) -> list[str]:
+        """The paths of the input, sorted."""
+        return files.expand(self.settings.path, _TARS)
+
+    def address(self, path: str) -> str:
+        """Where the file of a path lies."""
+        return path
+
+    def _input_file(self, path: str) -> InputFile:
+        return replace(_input_file(self.address(path)), path=path)
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
         number = -1
         try:
-            with _open(path) as tar:
+            with _open(self.address(path)) as tar:
                 for number, (key, members) in enumerate(_samples(tar)):
                     if number >= stop:
                         return
@@ -91,8 +103,8 @@ class WebDatasetSource(Source):
         return _content(tar, member)
 
     def _first_record(self) -> dict[str, Any]:
-        for path in files.expand(self.settings.path, _TARS):
-            with _open(path) as tar:
+        for path in self.find_paths():
+            with _open(self.address(path)) as tar:
                 for key, members in _samples(tar):
                     return _record(tar, key, members)
         return {}
