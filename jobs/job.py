@@ -128,4 +128,3 @@ def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
     told = {"id": checkpoint.id, "revision": checkpoint.revision}
     architectures = checkpoint.config.get("architectures")
     return told | {"architectures": architectures} if architectures else told
-

@@ -159,4 +159,3 @@ def _rows_per_sec(paths: RunPaths) -> float | None:
     since = max(begun, last - RATE_WINDOW_SEC)
     rows = sum(count for at, count in commits if at >= since)
     return round(rows / max(last - since, 1e-3), 3)
-

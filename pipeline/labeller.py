@@ -49,9 +49,7 @@ class Labeller:
         )  # fmt: skip
         set_threads(settings.engine, workers)
         if self.family.fused:
-            self.engine: Any = build_engine(
-                settings, self.checkpoint, self.family, self.tokenizer
-            )
+            self.engine: Any = build_engine(settings, self.checkpoint, self.family, self.tokenizer)
         else:
             from pipeline.models.generic import GenericEngine
 

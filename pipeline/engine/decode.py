@@ -6,6 +6,8 @@ lowest, so a thin tail takes a smaller graph. Knows lanes, no requests.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,7 +56,7 @@ class Decoder:
         self.max_length = max_length
         self.sizes = self._sizes()
         self._captured: dict[tuple[int, SamplerMode], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def _sizes(self) -> list[int]:
         sizes = [self.slots.num_slots]
@@ -118,4 +120,3 @@ class Decoder:
         for name, value in kept.items():
             getattr(self.slots, name)[rows] = value
         return graph, out
-

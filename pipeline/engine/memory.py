@@ -33,9 +33,7 @@ class EngineSizes:
 
 def place_bytes(model: Model) -> int:
     c = model.decoder.config
-    return KVCache.bytes_per_place(
-        c.num_layers, c.num_kv_heads, c.head_dim, model.dtype.itemsize
-    )
+    return KVCache.bytes_per_place(c.num_layers, c.num_kv_heads, c.head_dim, model.dtype.itemsize)
 
 
 def activation_bytes(model: Model, prefill_tokens: int, num_slots: int) -> int:

@@ -55,7 +55,9 @@ class PrefillAttend:
 
 def encode_images(model: Model, images: Seq[tuple[Tensor, ImageLayout]]) -> Tensor | None:
     """Features [sum of tokens, F] in the images' order, the tower run on bounded batches."""
-    features, batch, tokens = [], [], 0
+    features: list[Tensor] = []
+    batch: list[tuple[Tensor, ImageLayout]] = []
+    tokens = 0
     for pixels, layout in images:
         if batch and tokens + layout.num_tokens > MAX_IMAGE_TOKENS:
             features.append(_encode(model, batch))

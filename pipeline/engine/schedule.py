@@ -133,7 +133,9 @@ class Scheduler:
     def add_group(self, group: Group, pixels: Seq[Any], release: Any) -> None:
         have = len(self.prefix.prefix.tokens) if self.prefix is not None else 0
         if group.num_prefix_tokens not in (0, have):
-            raise ValueError(f"a group counts on {group.num_prefix_tokens} prefix tokens, not {have}")
+            raise ValueError(
+                f"a group counts on {group.num_prefix_tokens} prefix tokens, not {have}"
+            )
         work = GroupWork(group, tuple(pixels), self.prefix, deque(group.requests), None, release)
         self.waiting.append(work)
         if self.prefix is not None and group.num_prefix_tokens:

@@ -82,9 +82,7 @@ class Slots:
         cut = 6 + 2 * MAX_SEGMENTS
         self.segments[lanes] = table[:, 6:cut].view(-1, MAX_SEGMENTS, 2).int()
         self.stop_ids[lanes] = table[:, cut:]
-        for number, column in enumerate(
-            (self.temperature, self.top_p, self.min_p, self.penalty)
-        ):
+        for number, column in enumerate((self.temperature, self.top_p, self.min_p, self.penalty)):
             column[lanes] = ratios[:, number]
         self.generated[lanes] = 0
         self.status[lanes] = RUNNING

@@ -62,7 +62,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: f
 def decode_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float
 ) -> Tensor:
-    assert plan.index is not None and plan.mask is not None
+    assert plan.index is not None
+    assert plan.mask is not None
     groups = q.shape[1] // k.shape[0]
     keys = k[:, plan.index].transpose(0, 1)  # [B, Hk, L, D]
     values = v[:, plan.index].transpose(0, 1)

@@ -33,7 +33,8 @@ class Run:
 class PrefillPlan:
     """The runs of one batch; on a GPU also their blocks.
 
-    `blocks` [B, 2] int32: run, first query; `table` [R, 2 + 2 S] int32: q_start, q_length, segments.
+    `blocks` [B, 2] int32: run, first query. `table` [R, 2 + 2 S] int32: q_start, q_length and
+    the segments.
     """
 
     runs: tuple[Run, ...]
@@ -161,7 +162,8 @@ def _prefill_kernel(
 
 
 def _prefill_triton(q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-    assert plan.blocks is not None and plan.table is not None
+    assert plan.blocks is not None
+    assert plan.table is not None
     num_heads, dim = q.shape[1:]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _prefill_kernel[(num_heads, len(plan.blocks))](

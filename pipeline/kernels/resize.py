@@ -47,7 +47,9 @@ def coefficients(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
 def _axis(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Tensor]:
     first, fixed = coefficients(size_in, size_out)
     index = np.minimum(first[:, None] + np.arange(fixed.shape[1]), size_in - 1)
-    return torch.from_numpy(index.astype(np.int32)).to(device), torch.from_numpy(fixed.astype(np.int32)).to(device)
+    return torch.from_numpy(index.astype(np.int32)).to(device), torch.from_numpy(
+        fixed.astype(np.int32)
+    ).to(device)
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:

@@ -60,7 +60,12 @@ class Bench:
         return cls(settings, checkpoint, family, Tokenizer(checkpoint, family.control))
 
     def request(
-        self, row: int, text: str, pictures: Sequence[np.ndarray], prompt: str = "p", **sampling: Any
+        self,
+        row: int,
+        text: str,
+        pictures: Sequence[np.ndarray],
+        prompt: str = "p",
+        **sampling: Any,
     ) -> Request:
         turn = Turn("user", (*range(len(pictures)), text))
         layouts = [self.family.layout(p.shape[1], p.shape[0]) for p in pictures]

@@ -88,7 +88,8 @@ def test_a_bad_image_fails_its_rows_only(bench: Bench) -> None:
     for request in requests:
         completion = found[request.key]
         if any(i.image.digest == broken for i in request.images):
-            assert completion.error is not None and completion.error.code == "truncated_image"
+            assert completion.error is not None
+            assert completion.error.code == "truncated_image"
         else:
             assert completion.output_ids == plain[request.key]
 

@@ -46,9 +46,7 @@ def test_greedy_tokens_equal_transformers(folder: Path, reference: tuple[Any, An
     assert found == {r.key: generate(*reference, r) for r in requests}
 
 
-def test_repetition_penalty_equals_transformers(
-    folder: Path, reference: tuple[Any, Any]
-) -> None:
+def test_repetition_penalty_equals_transformers(folder: Path, reference: tuple[Any, Any]) -> None:
     bench = Bench.open(folder)
     requests = questions(bench, rows=3, repetition_penalty=1.3)
     found = outputs(bench.run(requests))

@@ -53,7 +53,10 @@ def test_defaults_and_sections(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("added", "expected"),
     [
-        ("generaton: {}\n", "job.yaml, line 8: unknown key `generaton`; did you mean `generation`?"),
+        (
+            "generaton: {}\n",
+            "job.yaml, line 8: unknown key `generaton`; did you mean `generation`?",
+        ),
         (
             "generation:\n  seed: 1\n  temprature: 1\n",
             "job.yaml, line 10: unknown key `temprature` in `generation`; "
@@ -87,7 +90,9 @@ def test_prompt_mistakes(tmp_path: Path) -> None:
             f"kept column '{name}'" in mistake(tmp_path, BASE.replace("caption", name))
         )
     assert "use letters" in mistake(tmp_path, BASE.replace("caption", "'a b'"))
-    assert "nothing is asked" in mistake(tmp_path, BASE.replace("caption: Describe this image.", "{}"))
+    assert "nothing is asked" in mistake(
+        tmp_path, BASE.replace("caption: Describe this image.", "{}")
+    )
     assert "not both" in mistake(tmp_path, BASE, "input.messages=turns")
 
 

@@ -74,9 +74,7 @@ def test_one_of_many_wins(local: LocalStorage) -> None:
         assert local.read(f"n{turn}") == str(winners[0]).encode()
 
 
-def test_one_wins_without_hard_links(
-    local: LocalStorage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_wins_without_hard_links(local: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, "no links here")
 

@@ -53,7 +53,11 @@ def test_a_missing_kept_column_is_the_users_mistake() -> None:
 def two_prompts() -> tuple[pa.Schema, dict[tuple[int, str], Answer]]:
     config = make_config(prompts={"a": "1", "b": "2"})
     answers = {(i, p): answer(SHARD, i, p) for i in range(4) for p in "ab"}
-    for key, code in {(1, "b"): "out_of_memory", (2, "a"): "bad_prompt", (2, "b"): "bad_prompt"}.items():
+    for key, code in {
+        (1, "b"): "out_of_memory",
+        (2, "a"): "bad_prompt",
+        (2, "b"): "bad_prompt",
+    }.items():
         answers[key] = Answer.failed(RequestKey(SHARD, *key), RowError(code, f"It is {code}."))
     answers[3, "a"] = Answer.failed(RequestKey(SHARD, 3, "a"), RowError("bad_row", "One."))
     answers[3, "b"] = Answer.failed(RequestKey(SHARD, 3, "b"), RowError("bad_prompt", "Two."))
@@ -102,7 +106,12 @@ def test_answers_come_back_from_a_table() -> None:
 
 def test_schema_answers_become_structs_or_failures() -> None:
     config = make_config(prompts={"p": {"text": "x", "schema": PERSON}})
-    texts = ['{"name": "é", "age": 3, "tags": ["a"]}', '{"name": "x"', '{"name": 3, "age": "x"}', "{}"]
+    texts = [
+        '{"name": "é", "age": 3, "tags": ["a"]}',
+        '{"name": "x"',
+        '{"name": 3, "age": "x"}',
+        "{}",
+    ]
     answers = {(i, "p"): answer(SHARD, i, "p", text) for i, text in enumerate(texts)}
     table = build_table(output_schema(config, None), [Kept(str(i)) for i in range(4)], answers, {})
     rows = table.to_pylist()
@@ -197,7 +206,9 @@ def test_recursive_schemas_end_in_text() -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
