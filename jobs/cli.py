@@ -15,9 +15,10 @@ from pathlib import Path
 
 import click
 
+from jobs.exits import EXIT_FAILED, EXIT_OK, EXIT_USER
+from jobs.storage import StorageError
 from pipeline.errors import UserError
 
-EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 
 # The order is that of a job's life; every name is a module of jobs.commands with a `command`.
 COMMANDS = (
@@ -112,6 +113,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else EXIT_OK
     except UserError as error:
         return _complain(str(error), EXIT_USER)
+    except StorageError as error:
+        return _complain(str(error), EXIT_FAILED)
     except click.UsageError as error:
         where = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
         return _complain(error.format_message() + where, EXIT_USER)

@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.cli import EXIT_FAILED, EXIT_OK, EXIT_USER
+from jobs.exits import EXIT_FAILED, EXIT_OK, EXIT_USER
 from jobs.config import JobConfig
 from jobs.events import Events
 from jobs.job import Job

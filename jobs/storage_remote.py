@@ -6,6 +6,8 @@ Nothing is renamed and nothing is appended. Knows nothing of what is stored.
 
 from __future__ import annotations
 
+import errno
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,9 @@ from pipeline.errors import UserError
 T = TypeVar("T")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _PUT_BYTES = 64 << 20  # larger files go up in parts
+_TRY_AGAIN_STATUS = frozenset({429, 500, 502, 503, 504})
+_TRY_AGAIN_CODES = frozenset({"ConditionalRequestConflict", "OperationAborted", "SlowDown"})
+_CLIENTS = frozenset({"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "azure", "adlfs"})
 
 
 class RemoteStorage:
@@ -194,12 +199,40 @@ class RemoteStorage:
             return False
 
     def _guard(self, what: str, operation: Callable[[], T]) -> T:
+        def translated() -> T:
+            try:
+                return operation()
+            except OSError as error:
+                raise _refined(error) from error
+            except Exception as error:
+                if type(error).__module__.split(".", 1)[0] in _CLIENTS:
+                    raise _as_os_error(error) from error
+                raise
+
         try:
-            return retrying(what, operation)
+            return retrying(what, translated)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise StorageError(f"{what} failed: {error}") from error
+
+
+def _refined(error: OSError) -> OSError:
+    """The same error, or EBUSY when the server's reply says that it may be asked again."""
+    response = getattr(error.__cause__, "response", None) or {}
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    code = response.get("Error", {}).get("Code")
+    if status in _TRY_AGAIN_STATUS or code in _TRY_AGAIN_CODES:
+        return OSError(errno.EBUSY, str(error))
+    return error
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """A client library's own exception: a broken connection may mend, anything else may not."""
+    broken = re.search(
+        "Connect|Timeout|HTTPClient|Payload|Incomplete|Disconnect", repr(type(error))
+    )
+    return OSError(errno.ECONNRESET if broken else errno.EIO, f"{type(error).__name__}: {error}")
 
 
 def _last(name: str) -> str:

@@ -6,6 +6,7 @@ workers it meets only in the run folder.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import Counter
@@ -305,7 +306,8 @@ class Worker:
         if not isinstance(error, EngineError | OSError):
             log.warning("an error that no part of the pipeline expects", exc_info=error)
         self.progress.note(f"attempt failed: {_describe(error)}")
-        self._finish_commits()
+        with contextlib.suppress(Exception):  # the shards it concerns are given back below
+            self._finish_commits()
         self._failures_in_a_row += 1
         attempts = self.job.config.retry.attempts
         with self._lock:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from jobs.cli import EXIT_FAILED, EXIT_OK, EXIT_USER
+from jobs.exits import EXIT_FAILED, EXIT_OK, EXIT_USER
 from jobs.progress import Counts
 from jobs.signals import EXIT_STOPPED, StopRequest
 from pipeline.errors import UserError

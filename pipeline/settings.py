@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Settings(BaseModel):
@@ -56,6 +56,13 @@ class InputSettings(Settings):
     max_images: int = Field(64, ge=1, description="Images of one row at most.")
     remote: bool = Field(False, description="Fetch http(s) image addresses.")
     remote_timeout_sec: float = Field(20.0, gt=0, description="Patience with one address.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _requests_bring_messages(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("source") == "openai":
+            return {"messages": "messages", **value}
+        return value
 
 
 class PromptSettings(Settings):

@@ -36,6 +36,7 @@ class Source(ABC):
     def __init__(self, settings: InputSettings, columns: Collection[str] | None = None) -> None:
         self.settings = settings
         self._asked = None if columns is None else frozenset(columns)
+        self.addresses: dict[str, str] = {}  # by path, of files that lie elsewhere
 
     @abstractmethod
     def schema(self) -> pa.Schema:
@@ -67,6 +68,10 @@ class Source(ABC):
                 row = replace(row, error=RowError("duplicate_id", message))
             seen.add(row.row_id)
             yield row
+
+    def address(self, path: str) -> str:
+        """Where the file of a path lies."""
+        return self.addresses.get(path, path)
 
     def wanted(self, available: Sequence[str]) -> list[str]:
         """The columns of a file to read beside its images, in the file's order."""

@@ -47,38 +47,6 @@ class HubSource(Source):
         return self._reader.read_rows(path, start, stop)
 
 
-class _HubParquet(ParquetSource):
-    """Parquet files at addresses; their paths leave out the commit, which does not change rows."""
-
-    def __init__(
-        self, settings: InputSettings, columns: Collection[str] | None, addresses: Sequence[str]
-    ) -> None:
-        super().__init__(settings, columns)
-        self._addresses = {_stable(address): address for address in addresses}
-
-    def find_paths(self) -> list[str]:
-        return sorted(self._addresses)
-
-    def address(self, path: str) -> str:
-        return self._addresses.get(path, path)
-
-
-class _HubTars(WebDatasetSource):
-    """Tar files at addresses."""
-
-    def __init__(
-        self, settings: InputSettings, columns: Collection[str] | None, addresses: Sequence[str]
-    ) -> None:
-        super().__init__(settings, columns)
-        self._addresses = {_stable(address): address for address in addresses}
-
-    def find_paths(self) -> list[str]:
-        return sorted(self._addresses)
-
-    def address(self, path: str) -> str:
-        return self._addresses.get(path, path)
-
-
 class _Loaded(Source):
     """A dataset in Arrow files on this machine: one input file."""
 
@@ -169,9 +137,11 @@ def _choose(settings: InputSettings, columns: Collection[str] | None) -> Source:
         )
         addresses = _addresses(builder, settings)
         if settings.streaming:
-            for suffix, reader in ((".parquet", _HubParquet), (".tar", _HubTars)):
+            for suffix, reader in ((".parquet", ParquetSource), (".tar", WebDatasetSource)):
                 if addresses and all(address.endswith(suffix) for address in addresses):
-                    return reader(settings, columns, addresses)
+                    source = reader(settings, columns)
+                    source.addresses = {_stable(address): address for address in addresses}
+                    return source
         kind = _Streamed if settings.streaming else _Loaded
         dataset = datasets.load_dataset(
             settings.path,
@@ -231,6 +201,7 @@ def _mark(builder: Any, addresses: Sequence[str]) -> str:
 
 
 def _stable(address: str) -> str:
+    """The address without its commit, since a new commit does not change this file's rows."""
     return _REVISION.sub(r"\1", address)
 
 

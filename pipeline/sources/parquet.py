@@ -19,6 +19,7 @@ from pipeline.sources import files
 from pipeline.sources.base import InputFile, Source
 from pipeline.sources.cells import records
 
+_SUFFIXES = (".parquet", ".parq", ".pq")
 _TAIL_BYTES = 64 << 10  # read at once in the hope that the footer is in it
 _BATCH_BYTES = 8 << 20
 _MAX_BATCH_ROWS = 64
@@ -49,11 +50,9 @@ class ParquetSource(Source):
 
     def find_paths(self) -> list[str]:
         """The paths of the input, sorted."""
-        return files.expand(self.settings.path, (".parquet", ".parq", ".pq"))
-
-    def address(self, path: str) -> str:
-        """Where the file of a path lies."""
-        return path
+        return sorted(self.addresses) or files.expand(
+            self.settings.path, (".parquet", ".parq", ".pq")
+        )
 
     def _input_file(self, path: str) -> InputFile:
         metadata, mark = _footer(self.address(path))

@@ -48,11 +48,7 @@ class WebDatasetSource(Source):
 
     def find_paths(self) -> list[str]:
         """The paths of the input, sorted."""
-        return files.expand(self.settings.path, _TARS)
-
-    def address(self, path: str) -> str:
-        """Where the file of a path lies."""
-        return path
+        return sorted(self.addresses) or files.expand(self.settings.path, _TARS)
 
     def _input_file(self, path: str) -> InputFile:
         return replace(_input_file(self.address(path)), path=path)
