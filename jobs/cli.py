@@ -19,7 +19,6 @@ from jobs.exits import EXIT_FAILED, EXIT_OK, EXIT_USER
 from jobs.storage import StorageError
 from pipeline.errors import UserError
 
-
 # The order is that of a job's life; every name is a module of jobs.commands with a `command`.
 COMMANDS = (
     "init",

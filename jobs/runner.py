@@ -11,9 +11,9 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.exits import EXIT_FAILED, EXIT_OK, EXIT_USER
 from jobs.config import JobConfig
 from jobs.events import Events
+from jobs.exits import EXIT_FAILED, EXIT_OK, EXIT_USER
 from jobs.job import Job
 from jobs.pool import Member, WorkerPool, environments, visible_devices
 from jobs.progress import Progress

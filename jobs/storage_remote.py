@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import re
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ class RemoteStorage:
             hint = f' Install it with: pip install "vlm-batch[{extra}]".' if extra else ""
             raise UserError(f"output.path {root}: {scheme}:// cannot be opened.{hint}") from error
         self._is_s3 = scheme in ("s3", "s3a")
+        self._lock = threading.Lock()
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def url(self, name: str) -> str:
@@ -127,8 +129,9 @@ class RemoteStorage:
             self.delete(f"{folder}/{name}")
 
     def make_private(self, name: str) -> Path:
-        if self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="vlm-batch-")
+        with self._lock:
+            if self._scratch is None:
+                self._scratch = tempfile.TemporaryDirectory(prefix="vlm-batch-")
         return Path(self._scratch.name) / name.replace("/", "_")
 
     def sync_file(self, path: Path) -> None:

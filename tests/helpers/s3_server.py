@@ -79,6 +79,7 @@ def environment(s3: S3) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": "y",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": s3.endpoint,
+        "AWS_MAX_ATTEMPTS": "1",  # botocore's own retries only slow the tests down
         "AWS_EC2_METADATA_DISABLED": "true",
     }
 
