@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -36,8 +37,18 @@ COMMANDS = (
 )
 
 
+class NobodyReads(Exception):
+    """stdout was closed; click would make exit code 1 of it."""
+
+
 class LazyGroup(click.Group):
     """Imports a subcommand's module when the subcommand is asked for."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise NobodyReads from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -119,13 +130,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return _complain(error.format_message() + where, EXIT_USER)
     except (click.Abort, KeyboardInterrupt):
         return _complain("interrupted", EXIT_FAILED)
-    except BrokenPipeError:  # `vlm-batch show … | head`
+    except (NobodyReads, BrokenPipeError):  # `vlm-batch show … | head`
+        # NOTE: the interpreter flushes once more at its end; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except OSError as error:
-        if error.filename is None or error.strerror is None:
-            raise
-        return _complain(f"{error.strerror}: {error.filename}", EXIT_FAILED)
+        where = f": {error.filename}" if error.filename is not None else ""
+        return _complain(f"{error.strerror or error}{where}", EXIT_FAILED)
 
 
 def _complain(sentence: str, code: int) -> int:

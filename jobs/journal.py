@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.faults import fault, kill_self
-from jobs.paths import RunPaths
+from jobs.paths import RunPaths, journal_revision
 from jobs.storage import StorageError
 from pipeline.rows import Answer, RequestKey
 
@@ -62,7 +62,7 @@ class JournalWriter:
         self.attempt = attempt
         self.num_appended = 0
         sink = _FileSink if paths.is_local else _SegmentSink
-        self._sink: _FileSink | _SegmentSink = sink(paths, shard, attempt)
+        self._sink: _FileSink | _SegmentSink = sink(paths, shard, attempt, revision)
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._closed = threading.Event()
@@ -159,10 +159,10 @@ class JournalWriter:
 class _FileSink:
     """Appends to one file."""
 
-    def __init__(self, paths: RunPaths, shard: str, attempt: str) -> None:
+    def __init__(self, paths: RunPaths, shard: str, attempt: str, revision: int) -> None:
         fault("journal.before_open")
         storage = paths.storage
-        path = storage.make_private(paths.journal(shard, attempt))
+        path = storage.make_private(paths.journal(shard, attempt, revision))
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         for last_try in (False, True):
             try:
@@ -171,7 +171,7 @@ class _FileSink:
             except FileNotFoundError:  # an attempt that has just committed took the folder away
                 if last_try:
                     raise
-                storage.make_private(paths.journal(shard, attempt))
+                storage.make_private(paths.journal(shard, attempt, revision))
             except OSError as error:
                 raise StorageError(f"creating {path} failed: {error}") from error
         self._num_good = 0
@@ -209,9 +209,10 @@ class _FileSink:
 class _SegmentSink:
     """Collects records and writes each interval's as an object of their own."""
 
-    def __init__(self, paths: RunPaths, shard: str, attempt: str) -> None:
+    def __init__(self, paths: RunPaths, shard: str, attempt: str, revision: int) -> None:
         fault("journal.before_open")
-        self._paths, self._shard, self._attempt = paths, shard, attempt
+        self._paths = paths
+        self._of = (shard, attempt, revision)
         self._records: list[bytes] = []
         self._num_segments = 0
 
@@ -223,7 +224,7 @@ class _SegmentSink:
         if not self._records:
             return
         fault("journal.sync")
-        name = self._paths.journal_segment(self._shard, self._attempt, self._num_segments)
+        name = self._paths.journal(*self._of, self._num_segments)
         self._paths.storage.replace(name, b"".join(self._records))
         self._records.clear()
         self._num_segments += 1
@@ -277,16 +278,27 @@ def read_records(data: bytes) -> Iterator[dict[str, Any]]:
         yield {"kind": "torn", "at": offset}
 
 
-def delete_journals(paths: RunPaths, shard: str) -> None:
-    """Drop the journals of a shard that is committed."""
+def delete_journals(paths: RunPaths, shard: str, revision: int = 0) -> None:
+    """Drop the journals of a shard that is committed; those of a later revision stay."""
     fault("commit.before_clean")
-    paths.storage.delete_folder(paths.journal_folder(shard))
+    folder = paths.journal_folder(shard)
+    names = paths.storage.names(folder)
+    old = [name for name in names if _revision(name) <= revision]
+    if old == names:
+        paths.storage.delete_folder(folder)
+    else:
+        for name in old:
+            paths.storage.delete(f"{folder}/{name}")
     fault("commit.after_clean")
 
 
 def count_journaled(paths: RunPaths, shard: str, fingerprint: str, revision: int = 0) -> int:
     """How many answers a later attempt would find."""
     return len(read_journals(paths, shard, fingerprint, revision).answers)
+
+
+def _revision(name: str) -> int:
+    return journal_revision(name) if name.endswith(".journal") else 0
 
 
 def _by_attempt(names: Sequence[str]) -> list[tuple[str, list[str]]]:

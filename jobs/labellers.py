@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from types import ModuleType
 from typing import Any
 
 from pipeline.errors import UserError
 
 ENV = "VLM_BATCH_LABELLER"
+_MODULE = "vlm_batch_labeller"  # the name under which a file is imported, once
 
 
 def labeller_class() -> Any:
@@ -30,9 +32,12 @@ def labeller_class() -> Any:
 
 
 def _load_file(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("vlm_batch_labeller", path)
+    if _MODULE in sys.modules:
+        return sys.modules[_MODULE]
+    spec = importlib.util.spec_from_file_location(_MODULE, path)
     if spec is None or spec.loader is None or not os.path.isfile(path):
         raise UserError(f"{ENV} names {path}, which is no Python file.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[_MODULE] = module
     spec.loader.exec_module(module)
     return module

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,7 @@ class Claim:
     name: str
     token: str
     seen_at: float  # this process's clock when the token was first seen
-    is_dead: bool = False  # its process is gone from this machine
-    holder: dict[str, Any] = field(default_factory=dict)
+    holder: dict[str, Any] | None = None  # what the file says, once somebody asks
 
 
 class Leases:
@@ -84,9 +83,8 @@ class Leases:
                 self._look_at(shard, turn)
                 return None
             if claim is not None:
-                log.warning(
-                    "%s: taken over from %s", shard, claim.holder.get("attempt", "a worker")
-                )
+                holder = claim.holder or {}
+                log.warning("%s: taken over from %s", shard, holder.get("attempt", "a worker"))
                 # NOTE: the older claims stay until the release: they hold the earlier turns.
                 lease.superseded = tuple(self.paths.lease(shard, t) for t in reversed(range(turn)))
                 del self._claims[shard]
@@ -109,7 +107,7 @@ class Leases:
             log.warning("%s: its lease could not be deleted: %s", lease.shard, error)
 
     def refresh(self) -> dict[str, Claim]:
-        """List the claims of others: one listing, and one reading of each claim not seen before."""
+        """List the claims of others: one listing."""
         now = self._clock()
         entries = self.paths.storage.entries(self.paths.lease_folder)
         newest: dict[str, tuple[int, str, str]] = {}
@@ -175,12 +173,9 @@ class Leases:
     def _update(self, shard: str, turn: int, name: str, token: str, now: float) -> Claim:
         known = self._claims.get(shard)
         if known is not None and (known.name, known.token) == (name, token):
-            if not known.is_dead:
-                known.is_dead = is_dead(known.holder)
             return known
-        same_holder = known is not None and known.name == name
-        holder = known.holder if known is not None and same_holder else self._read(name)
-        return Claim(shard, turn, name, token, now, is_dead(holder), holder)
+        holder = known.holder if known is not None and known.name == name else None
+        return Claim(shard, turn, name, token, now, holder)
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
@@ -191,7 +186,7 @@ class Leases:
 
     def _is_stale(self, claim: Claim) -> bool:
         """Whether a claim may be taken over; asks the storage once more before saying so."""
-        if claim.is_dead:
+        if self._holder_is_dead(claim):
             return True
         if self._clock() - claim.seen_at < self.ttl_sec:
             return False
@@ -203,6 +198,15 @@ class Leases:
             return False
         claim.token, claim.seen_at = token, self._clock()
         return False
+
+    def _holder_is_dead(self, claim: Claim) -> bool:
+        if claim.holder is None:
+            claim.holder = self._read(claim.name)
+        if not is_dead(claim.holder):
+            return False
+        # NOTE: the shard may have been released and claimed anew under the same name.
+        claim.holder = self._read(claim.name)
+        return is_dead(claim.holder)
 
     def _start_thread(self) -> None:
         if self._thread is None:

@@ -57,12 +57,9 @@ class RunPaths:
     def journal_folder(self, shard: str) -> str:
         return f"{self.journals_folder}/{shard}"
 
-    def journal(self, shard: str, attempt: str) -> str:
-        return f"{self.journal_folder(shard)}/{attempt}.journal"
-
-    def journal_segment(self, shard: str, attempt: str, number: int) -> str:
-        """A piece of a journal where files cannot be appended to."""
-        return f"{self.journal_folder(shard)}/{attempt}.{number:06d}.journal"
+    def journal(self, shard: str, attempt: str, revision: int = 0, segment: int = 0) -> str:
+        """An attempt's journal; one of its segments where files cannot be appended to."""
+        return f"{self.journal_folder(shard)}/{attempt}.{revision:04d}.{segment:06d}.journal"
 
     def part(self, shard: str) -> str:
         return f"{self.data_folder}/{shard}{PART_SUFFIX}"
@@ -85,6 +82,11 @@ def shard_id(number: int) -> str:
 
 def shard_number(shard: str) -> int:
     return int(shard.removeprefix(SHARD_PREFIX))
+
+
+def journal_revision(name: str) -> int:
+    """The shard's revision that a journal's name tells."""
+    return int(name.rsplit(".", 3)[1])
 
 
 def part_shard(name: str) -> str | None:

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -77,18 +77,29 @@ class Span:
         return Shard(shard_id(number), self.path, start, stop, self.fingerprint, self.revision)
 
 
+@dataclass(frozen=True, slots=True)
+class Redo:
+    """One committed shard planned once more."""
+
+    shard: int
+    revision: int
+    codes: tuple[str, ...] | None = None  # only failed answers with these codes; None: all
+
+
 class Plan:
     """All spans, the newest revision of each."""
 
-    def __init__(self, spans: Iterable[Span], num_parts: int, redone: dict[int, int]) -> None:
-        newest: dict[tuple[int, str], Span] = {}
+    def __init__(self, spans: Iterable[Span], num_parts: int, redos: Iterable[Redo]) -> None:
+        newest: dict[tuple[int, str, bool], Span] = {}
         for span in spans:
-            known = newest.get((span.first_shard, span.path))
-            if known is None or span.revision > known.revision:
-                newest[span.first_shard, span.path] = span
+            key = (span.first_shard, span.path, span.num_shards > 0)
+            if key not in newest or span.revision > newest[key].revision:
+                newest[key] = span
         self.spans = sorted(newest.values(), key=lambda span: span.first_shard)
         self.num_parts = num_parts
-        self.redone = redone  # revisions of single shards
+        self._redos: dict[int, list[Redo]] = {}
+        for redo in redos:
+            self._redos.setdefault(redo.shard, []).append(redo)
         self._numbered = [span for span in self.spans if span.num_shards]
         self._firsts = [span.first_shard for span in self._numbered]
 
@@ -99,7 +110,7 @@ class Plan:
     @property
     def has_revisions(self) -> bool:
         """Whether any shard was planned anew."""
-        return bool(self.redone) or any(span.revision for span in self.spans)
+        return bool(self._redos) or any(span.revision for span in self.spans)
 
     @property
     def num_rows(self) -> int:
@@ -152,24 +163,35 @@ class Plan:
         known = self.files()
         return [f.path for f in files if f.path in known and not _same(known[f.path], f)]
 
+    def redo_revision(self, number: int) -> int:
+        """The highest revision that a shard was given by itself; 0 when none."""
+        return max((redo.revision for redo in self._redos.get(number, ())), default=0)
+
+    def redo_codes(self, shard: Shard, above: int) -> frozenset[str] | None:
+        """Codes of failed answers to do again on top of revision `above`; None: do all again."""
+        redos = [r for r in self._redos.get(shard_number(shard.id), ()) if r.revision > above]
+        if not redos or any(redo.codes is None for redo in redos):
+            return None
+        return frozenset(code for redo in redos for code in redo.codes or ())
+
     def _revised(self, shard: Shard) -> Shard:
-        revision = self.redone.get(shard_number(shard.id), 0) if self.redone else 0
+        revision = self.redo_revision(shard_number(shard.id)) if self._redos else 0
         return replace(shard, revision=revision) if revision > shard.revision else shard
 
 
 def load_plan(paths: RunPaths) -> Plan:
     """Read all parts. Raises: UserError when one is damaged."""
     spans: list[Span] = []
-    redone: dict[int, int] = {}
+    redos: list[Redo] = []
     numbers = _part_numbers(paths)
     for number in numbers:
         for record in _read_part(paths, number):
             if record.pop("kind") == "redo":
-                shard, revision = record["shard"], record["revision"]
-                redone[shard] = max(revision, redone.get(shard, 0))
+                codes = record.pop("codes")
+                redos.append(Redo(**record, codes=None if codes is None else tuple(codes)))
             else:
                 spans.append(Span(**record))
-    return Plan(spans, len(numbers), redone)
+    return Plan(spans, len(numbers), redos)
 
 
 def grow_plan(
@@ -196,14 +218,19 @@ def grow_plan(
     raise StorageError(f"{paths.plan_folder} grew {MAX_RACES} times while it was read")
 
 
-def redo_shards(paths: RunPaths, shards: Sequence[str]) -> Plan:
-    """Plan committed shards once more, each with the next revision; safe while others do it."""
+def redo_shards(
+    paths: RunPaths, shards: Sequence[str], codes: Collection[str] | None = None
+) -> Plan:
+    """Plan committed shards once more, each with the next revision; safe while others do it.
+
+    `codes`: do only failed answers with these codes again; None does all rows again.
+    """
+    named = None if codes is None else tuple(sorted(codes))
     for _ in range(MAX_RACES):
         plan = load_plan(paths)
         todo = [plan.shard(id_) for id_ in shards]
-        records = [
-            {"kind": "redo", "shard": shard_number(s.id), "revision": s.revision + 1} for s in todo
-        ]
+        redos = [Redo(shard_number(s.id), s.revision + 1, named) for s in todo]
+        records = [{"kind": "redo", **asdict(redo)} for redo in redos]
         if not records:
             return plan
         if _write_part(paths, plan.num_parts, records):
@@ -230,7 +257,7 @@ def _new_spans(
         left = None if left is None else left - num_rows
         spans = known.get(file.path, [])
         if file.path in bad:
-            news += [_redone(span, plan, file, num_rows) for span in spans]
+            news += [_redone(span, plan, file, num_rows) for span in spans if span.num_shards]
         start = max((span.stop for span in spans), default=0)
         if file.path in bad:
             start = min(start, num_rows)
@@ -257,7 +284,7 @@ def _span(file: InputFile, start: int, stop: int, first_shard: int, rows_per_sha
 def _redone(span: Span, plan: Plan, file: InputFile, num_rows: int) -> Span:
     """The same shards over the file's new content."""
     numbers = range(span.first_shard, span.first_shard + span.num_shards)
-    single = max((plan.redone.get(number, 0) for number in numbers), default=0)
+    single = max(map(plan.redo_revision, numbers), default=0)
     return replace(
         span,
         fingerprint=file.fingerprint,
@@ -269,7 +296,8 @@ def _redone(span: Span, plan: Plan, file: InputFile, num_rows: int) -> Span:
 
 
 def _same(spans: Sequence[Span], file: InputFile) -> bool:
-    return spans[-1].fingerprint == file.fingerprint
+    """Whether a file is still what its shards were planned from; one without shards always is."""
+    return all(span.fingerprint == file.fingerprint for span in spans if span.num_shards)
 
 
 def _part_numbers(paths: RunPaths) -> list[int]:

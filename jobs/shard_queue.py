@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Collection
 from typing import NamedTuple
 
 from jobs.commit import is_committed, pending_shards
@@ -17,6 +18,7 @@ from jobs.paths import RunPaths, shard_id, shard_number
 from jobs.plan import Plan, Shard
 
 log = logging.getLogger(__name__)
+MAX_LOOKS = 16  # claims of others that one refresh looks at more closely
 MIN_MISSES = 16  # shards that others had taken before the run folder is listed again
 
 
@@ -80,14 +82,20 @@ class ShardQueue:
         claims = self.leases.refresh()
         done = {shard for shard in claims if shard_number(shard) not in self._left}
         self.leases.sweep(done)
-        busy = {shard for shard in claims if not self.leases.is_free(shard)} | self.leases.held()
+        claimed = claims.keys() - done
+        busy = claimed | self.leases.held()
         free = self._left - {shard_number(shard) for shard in busy}
-        self._candidates = sorted(free, reverse=True)
-        if claims.keys() - done:
+        self._candidates = sorted(free or self._abandoned(claimed), reverse=True)
+        if claimed:
             # NOTE: others are at work; a random order keeps workers out of each other's way.
             self._rng.shuffle(self._candidates)
         self._num_misses = self._num_hits = 0
         self.num_listings += 1
+
+    def _abandoned(self, claimed: Collection[str]) -> list[int]:
+        """Claimed shards whose holders seem gone; looks at a few only, others look at others."""
+        shards = self._rng.sample(sorted(claimed), min(MAX_LOOKS, len(claimed)))
+        return [shard_number(shard) for shard in shards if self.leases.is_free(shard)]
 
     def _try(self, number: int) -> Ticket | None:
         shard = self.plan.shard(shard_id(number))

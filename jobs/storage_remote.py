@@ -23,6 +23,7 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _PUT_BYTES = 64 << 20  # larger files go up in parts
 _TRY_AGAIN_STATUS = frozenset({429, 500, 502, 503, 504})
 _TRY_AGAIN_CODES = frozenset({"ConditionalRequestConflict", "OperationAborted", "SlowDown"})
+_VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash")
 _CLIENTS = frozenset({"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "azure", "adlfs"})
 
 
@@ -64,9 +65,10 @@ class RemoteStorage:
         def operation() -> str | None:
             try:
                 self._fs.invalidate_cache()
-                return _token(self._fs.info(self._key(name)))
+                info = self._fs.info(self._key(name))
             except FileNotFoundError:
                 return None
+            return _version(info) or self._listed_token(name)
 
         return self._guard(f"looking at {name}", operation)
 
@@ -145,6 +147,11 @@ class RemoteStorage:
         except (OSError, StorageError) as error:
             raise UserError(f"output.path {self.root} cannot be written: {error}.") from error
 
+    def _listed_token(self, name: str) -> str | None:
+        """For stores without versions, where a listing may tell times otherwise than a look."""
+        folder, _, last = name.rpartition("/")
+        return next((e.token for e in self.entries(folder) if e.name == last), None)
+
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"
 
@@ -185,7 +192,7 @@ class RemoteStorage:
         fault("storage.write")
         match = {}
         if token is not None and self._is_s3:
-            match = {"IfMatch": token.split("-", 1)[0]}
+            match = {"IfMatch": token}
         try:
             self._fs.pipe_file(self._key(name), data, **match)
         except OSError as error:
@@ -243,9 +250,15 @@ def _last(name: str) -> str:
 
 
 def _token(info: dict[str, Any]) -> str:
-    # NOTE: an ETag is a hash of the content; what must be seen to change holds a counter.
-    parts = (info.get("ETag") or info.get("etag"), info.get("LastModified"), info.get("created"))
-    return "-".join(str(part) for part in (*parts, info.get("size")))
+    plain = " ".join(str(info.get(key)) for key in ("mtime", "created", "size"))
+    return _version(info) or plain
+
+
+def _version(info: dict[str, Any]) -> str | None:
+    """The ETag or what stands for it; it may be a hash of the content, so what must be seen to
+    change holds a counter.
+    """
+    return next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), None)
 
 
 def _is_taken(error: OSError) -> bool:

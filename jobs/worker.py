@@ -24,6 +24,7 @@ from jobs.journal import JournalWriter, delete_journals, read_journals
 from jobs.labellers import labeller_class
 from jobs.leases import Leases
 from jobs.progress import Counts
+from jobs.redo import kept_answers
 from jobs.shard_queue import ShardQueue, Ticket
 from jobs.signals import StopRequest
 from jobs.storage import StorageError
@@ -82,7 +83,7 @@ class Worker:
         self._lock = threading.RLock()
         self._labeller: Any = None
         self._stats: dict[str, Any] = {}
-        self._failures: Counter[str] = Counter()  # of each shard
+        self._failures: Counter[str] = Counter()  # of each shard, without progress between
         self._failures_in_a_row = 0
         self._pull_error: Exception | None = None
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
@@ -156,7 +157,8 @@ class Worker:
         state = read_journals(job.paths, shard.id, job.fingerprint, shard.revision)
         if state.attempts:
             clean_private(job.paths, shard.id)
-        answers, made_by = state.answers, state.made_by
+        kept, kept_by = kept_answers(job.paths, job.plan, shard)
+        answers, made_by = kept | state.answers, kept_by | state.made_by
         attempt = Attempt(
             shard.id,
             shard.num_rows,
@@ -272,7 +274,7 @@ class Worker:
         )
         self._forget(shard)
         shard.journal.abandon()
-        delete_journals(job.paths, ticket.shard.id)
+        delete_journals(job.paths, ticket.shard.id, ticket.shard.revision)
         self.leases.release(ticket.lease)
         with self._lock:
             self.queue.done(ticket.shard.id)
@@ -311,7 +313,9 @@ class Worker:
         self._failures_in_a_row += 1
         attempts = self.job.config.retry.attempts
         with self._lock:
-            self._failures.update(self._open)
+            for name, opened in self._open.items():
+                made_progress = opened.journal.num_appended > 0
+                self._failures[name] = 1 if made_progress else self._failures[name] + 1
             gone = {shard for shard in self._open if self._failures[shard] >= attempts}
         self.given_up |= dict.fromkeys(gone, _describe(error))
         for shard in self._release_all(f"failed: {_describe(error)}", keep_leases=gone):

@@ -6,7 +6,6 @@ is killed. Knows no image format.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import threading
@@ -31,9 +30,9 @@ class Block:
         self.memory = mmap.mmap(self._file.fd, num_bytes)
 
     def close(self) -> None:
+        # NOTE: no `memory.close()`: numpy's arrays would look at nothing. The mapping goes with
+        # the last array on it.
         self._file.close()
-        with contextlib.suppress(BufferError):  # the mapping goes with the last array on it
-            self.memory.close()
 
 
 class Room:

@@ -126,6 +126,7 @@ class Feeder:
             path=source.spool,
             offset=source.offset,
             num_bytes=source.num_bytes,
+            digest=source.digest.hex(),
             width=width,
             height=height,
             out_width=layout.width if self.resize else width,

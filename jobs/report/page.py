@@ -6,6 +6,7 @@ Knows the numbers of `numbers.collect`; every text of a row is escaped.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -117,7 +118,7 @@ def _packages(packages: dict[str, str]) -> str:
     return f"<p>{escape(', '.join(f'{name} {version}' for name, version in packages.items()))}</p>"
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"

@@ -20,6 +20,7 @@ from pipeline.sources.base import InputFile, Source
 from pipeline.sources.cells import records
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
+_SUFFIXES = (".parquet", ".parq", ".pq")
 _TAIL_BYTES = 64 << 10  # read at once in the hope that the footer is in it
 _BATCH_BYTES = 8 << 20
 _MAX_BATCH_ROWS = 64
@@ -50,9 +51,7 @@ class ParquetSource(Source):
 
     def find_paths(self) -> list[str]:
         """The paths of the input, sorted."""
-        return sorted(self.addresses) or files.expand(
-            self.settings.path, (".parquet", ".parq", ".pq")
-        )
+        return sorted(self.addresses) or files.expand(self.settings.path, _SUFFIXES)
 
     def _input_file(self, path: str) -> InputFile:
         metadata, mark = _footer(self.address(path))

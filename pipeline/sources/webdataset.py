@@ -11,6 +11,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -143,16 +144,15 @@ def _content(tar: tarfile.TarFile, member: _Member) -> bytes:
     return file.read() if file is not None else b""
 
 
-def _open(path: str) -> tarfile.TarFile:
-    raw = files.open_binary(path, sequential=True)
-    mode = "r:" if path.endswith(".tar") else "r:gz"
-    try:
-        tar = tarfile.open(fileobj=raw, mode=mode)  # type: ignore[call-overload]
-    except (tarfile.TarError, OSError, EOFError):
-        raw.close()
-        raise
-    opened: tarfile.TarFile = tar
-    return opened
+@contextmanager
+def _open(path: str) -> Iterator[tarfile.TarFile]:
+    with files.open_binary(path, sequential=True) as raw:
+        if path.endswith(".tar"):
+            with tarfile.open(fileobj=raw, mode="r:") as tar:
+                yield tar
+        else:
+            with tarfile.open(fileobj=raw, mode="r:gz") as tar:
+                yield tar
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[_Member]]]:

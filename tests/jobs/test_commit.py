@@ -26,8 +26,12 @@ from jobs.commit import (
 from jobs.part import check_part
 from jobs.paths import RunPaths
 from jobs.plan import Shard, grow_plan, redo_shards
+from jobs.redo import kept_answers
 from jobs.storage import StorageError
-from tests.helpers.run_folder import File, shard_table, tree
+from jobs.table import build_table, output_schema
+from pipeline.errors import RowError
+from pipeline.rows import Answer, RequestKey
+from tests.helpers.run_folder import File, Kept, answer, make_config, shard_table, tree
 
 SHARD = Shard("shard-00000000", "in.parquet", 0, 5, "f0")
 SHARED = [f"commit.{step}" for step in ("before_build", "before_write", "after_write")]
@@ -194,6 +198,41 @@ def test_a_winner_that_wakes_late_changes_nothing(paths: RunPaths) -> None:
     assert commit(paths, "a2", replace(SHARD, revision=2))
     assert not paths.storage.publish_replace(*asleep[0])
     assert texts(paths) == expected("a2")
+
+
+def test_a_retry_keeps_what_was_answered(paths: RunPaths) -> None:
+    grow_plan(paths, [File("in.parquet", 4)], 5)
+    shard = replace(SHARD, stop=4)
+    answers = {(i, "caption"): answer(shard.id, i) for i in range(4)}
+    for row, code in ((1, "out_of_memory"), (2, "bad_prompt"), (3, "remote_failed")):
+        key = RequestKey(shard.id, row, "caption")
+        answers[row, "caption"] = Answer.failed(key, RowError(code))
+    made_by = dict.fromkeys(answers, "a1")
+    rows = [Kept(str(i)) for i in range(4)]
+    table = build_table(output_schema(make_config(), None), rows, answers, made_by)
+    assert commit_shard(paths, shard, table, attempt="a1", fingerprint="fp")
+
+    plan = redo_shards(paths, [shard.id], codes=["bad_prompt"])
+    plan = redo_shards(paths, [shard.id], codes=["out_of_memory"])
+    again = plan.shard(shard.id)
+    kept, kept_by = kept_answers(paths, plan, again)
+    assert kept == {key: answers[key] for key in ((0, "caption"), (3, "caption"))}
+    assert set(kept_by.values()) == {"a1"}
+    assert kept_answers(paths, plan, shard) == ({}, {})
+    assert kept_answers(paths, plan, replace(again, fingerprint="f1")) == ({}, {})
+
+    assert commit_shard(paths, again, table, attempt="a2", fingerprint="fp")
+    plan = redo_shards(paths, [shard.id])
+    assert kept_answers(paths, plan, plan.shard(shard.id)) == ({}, {})
+    plan = redo_shards(paths, [shard.id], codes=["out_of_memory"])
+    assert kept_answers(paths, plan, plan.shard(shard.id)) == ({}, {})  # all were asked for before
+
+    part = paths.local(paths.part(shard.id))
+    assert part is not None
+    part.write_bytes(part.read_bytes()[:-9])
+    assert kept_answers(paths, plan, plan.shard(shard.id)) == ({}, {})
+    part.unlink()
+    assert kept_answers(paths, plan, plan.shard(shard.id)) == ({}, {})
 
 
 def test_leftovers_are_cleaned_and_others_stay(paths: RunPaths) -> None:

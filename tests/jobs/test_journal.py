@@ -239,6 +239,17 @@ def test_appends_from_several_threads_do_not_mix(paths: RunPaths) -> None:
     assert sorted(state.answers) == [(row, "caption") for row in range(600)]
 
 
+def test_a_late_commit_leaves_a_later_revisions_journals(paths: RunPaths) -> None:
+    write(paths, "a1", answer(SHARD, 0))
+    with JournalWriter(paths, SHARD, "a2", "fp", revision=1) as journal:
+        journal.append(answer(SHARD, 1))
+    delete_journals(paths, SHARD, revision=0)
+    assert read_journals(paths, SHARD, "fp").answers == {}
+    assert list(read_journals(paths, SHARD, "fp", revision=1).answers) == [(1, "caption")]
+    delete_journals(paths, SHARD, revision=1)
+    assert paths.storage.folders(paths.journals_folder) == []
+
+
 def test_a_folder_that_goes_away_is_made_again(paths: RunPaths) -> None:
     write(paths, "a1", answer(SHARD, 0))
     delete_journals(paths, SHARD)

@@ -173,6 +173,23 @@ def test_a_dead_process_on_this_machine_is_replaced_at_once(paths: RunPaths) -> 
     assert paths.storage.names(paths.lease_folder) == []
 
 
+def test_a_name_that_is_claimed_anew_is_not_the_dead_holders(
+    paths: RunPaths, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, looker = (Leases(paths, TTL, clock) for _ in range(3))
+    lease = first.acquire(SHARD)
+    assert lease is not None
+    looker.refresh()
+    assert looker.acquire(SHARD) is None  # it has read who holds the shard
+    first.release(lease)
+    assert second.acquire(SHARD) is not None
+    looker.refresh()
+    known = paths.storage.read(paths.lease(SHARD, 0))
+    dead = json.loads(known)
+    looker._claims[SHARD].holder = {**dead, "attempt": lease.attempt, "process_start": "1"}
+    assert looker.acquire(SHARD) is None
+
+
 def test_who_is_dead() -> None:
     me = {"machine": machine_id(), "pid": os.getpid(), "process_start": process_start(os.getpid())}
     assert not is_dead(me)

@@ -44,7 +44,7 @@ def test_one_worker_goes_in_order(paths: RunPaths) -> None:
 
 
 def test_many_workers_share(paths: RunPaths) -> None:
-    plan = grow_plan(paths, [File("a", 300)], 1)
+    plan = grow_plan(paths, [File("a", 120)], 1)
     workers = [worker(paths, plan, seed) for seed in range(6)]
     taken: list[str] = []
     rng = random.Random(0)

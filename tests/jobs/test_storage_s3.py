@@ -170,6 +170,22 @@ def test_a_bucket_that_is_not_there(s3: S3) -> None:
         RunPaths("s3://nowhere/x").storage.check_writable()
 
 
+def test_listings_and_single_looks_tell_the_same(paths: RunPaths) -> None:
+    paths.storage.replace("a/x", b"1")
+    assert [e.token for e in paths.storage.entries("a")] == [paths.storage.token("a/x")]
+
+
+def test_other_object_stores_open_too() -> None:
+    """`memory://` stands for stores without a conditional put: files, not promises."""
+    paths = RunPaths("memory://other-stores/run")
+    assert commit(paths, "a1")
+    assert not commit(paths, "a2")
+    assert commit(paths, "a3", replace(SHARD, revision=1))
+    assert part_info(paths, SHARD.id).attempt == "a3"
+    token = paths.storage.token(paths.part(SHARD.id))
+    assert [e.token for e in paths.storage.entries(paths.data_folder)] == [token]
+
+
 def test_leases(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.leases.is_dead", lambda _: False)
     now = [0.0]
@@ -198,7 +214,7 @@ def test_a_journal_in_segments(paths: RunPaths, s3: S3) -> None:
                 s3.fail("PUT", "journal", "SlowDown")
                 journal.flush()
     names = paths.storage.names(paths.journal_folder(SHARD.id))
-    assert names == [f"a1.{n:06d}.journal" for n in range(3)]
+    assert names == [f"a1.0000.{n:06d}.journal" for n in range(3)]
     with JournalWriter(paths, SHARD.id, "a2", "fp") as journal:
         journal.append(answer(SHARD.id, 4))
     state = read_journals(paths, SHARD.id, "fp")
