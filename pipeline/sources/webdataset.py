@@ -169,8 +169,18 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[_Member]]]:
             members = []
         key = match[1]
         members.append(_Member(match[2], info))
+    _check_end(tar)
     if members:
         yield key, members
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """`tarfile` takes anything but a header for the end; only the end mark shows a whole file."""
+    file = tar.fileobj
+    assert file is not None
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("its end is missing")
 
 
 def _input_file(path: str) -> InputFile:
