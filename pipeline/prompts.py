@@ -113,7 +113,7 @@ def _message_list(messages: Any) -> Sequence[Any]:
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError("bad_messages", f"The messages are no JSON: {error}.") from error
     if isinstance(messages, Mapping):
         messages = messages.get("messages", messages)

@@ -37,7 +37,7 @@ def expand(paths: str | Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
 
 
 def _expand_local(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    path = os.path.expanduser(path)
+    path = _shipped(os.path.expanduser(path))
     if os.path.isdir(path):
         return [name for name in _walk(path) if name.endswith(suffixes)]
     if os.path.isfile(path):
@@ -46,6 +46,13 @@ def _expand_local(path: str, suffixes: tuple[str, ...]) -> list[str]:
         matches = glob.glob(path, recursive=True)
         return [os.path.normpath(name) for name in matches if os.path.isfile(name)]
     raise UserError(f"input.path {path!r} does not exist.")
+
+
+def _shipped(path: str) -> str:
+    """Where the data that ships with the package lies, for `pipeline/demo/…` from any folder."""
+    if not path.startswith("pipeline/demo/") or os.path.exists(path):
+        return path
+    return os.path.join(os.path.dirname(__file__), "..", "..", path)
 
 
 def _walk(folder: str) -> Iterable[str]:

@@ -1,0 +1,139 @@
+"""Arrays of the fake labeller on a real SLURM: sharing, requeue, time limit, cancel, lost nodes."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.job_folder import FAKE, ROOT, JobFolder, as_json, make_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+NUM_ROWS = 160
+
+
+@pytest.fixture
+def job(tmp_path: Path, slurm: str, monkeypatch: pytest.MonkeyPatch) -> JobFolder:
+    """A job of about 8 s of work; batch jobs inherit the environment."""
+    job = make_job(tmp_path / "job", NUM_ROWS, rows_per_shard=10)
+    for name, value in {
+        "PYTHONPATH": str(ROOT),
+        "VLM_BATCH_LABELLER": FAKE,
+        "FAKE_LOG": str(job.log),
+        "FAKE_DELAY_SEC": "0.025",
+    }.items():
+        monkeypatch.setenv(name, value)
+        job.env[name] = value
+    return job
+
+
+def _submit(job: JobFolder, *args: str) -> dict[str, object]:
+    options = ("--sbatch", "--mem=100M", *args, "--json")
+    told: dict[str, object] = as_json(job.call("submit", str(job.config), *options))
+    return told
+
+
+def _squeue() -> dict[str, str]:
+    """State of every job and task that the cluster remembers."""
+    told = subprocess.run(
+        ["squeue", "-h", "-r", "-t", "all", "-o", "%i %T"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return dict(line.split() for line in told.splitlines())
+
+
+def _states(array: object) -> list[str]:
+    return [state for name, state in _squeue().items() if name.split("_")[0] == str(array)]
+
+
+def _wait(what: Callable[[], bool], timeout: float = 90) -> None:
+    until = time.monotonic() + timeout
+    while not what():
+        assert time.monotonic() < until, _squeue()
+        time.sleep(0.3)
+
+
+def _ended(array: object) -> bool:
+    states = _states(array)
+    return bool(states) and not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"} & set(states)
+
+
+def _check(job: JobFolder, regenerated: int = 0) -> None:
+    verified = job.call("verify", str(job.out))
+    assert verified.returncode == 0, verified.stdout
+    assert job.table().num_rows == NUM_ROWS
+    assert sum(count - 1 for count in job.generated().values()) <= regenerated
+
+
+def _workers(job: JobFolder) -> set[str]:
+    return {line.split(" ", 1)[0] for line in job.log.read_text().splitlines()}
+
+
+def test_an_array_shares_the_shards_and_is_exported(job: JobFolder) -> None:
+    out = job.folder / "answers.parquet"
+    told = _submit(job, "--array", "3", "--export", str(out))
+    _wait(lambda: _ended(told["finish"]))
+    assert _states(told["jobs"][0]) == ["COMPLETED"] * 3  # type: ignore[index]
+    assert _states(told["finish"]) == ["COMPLETED"]
+    assert out.exists()
+    assert len(_workers(job)) == 3
+    _check(job)
+
+
+def test_more_tasks_join_and_some_are_cancelled(job: JobFolder) -> None:
+    first = _submit(job, "--array", "1")
+    array = first["jobs"][0]  # type: ignore[index]
+    job.wait_for_answers(10, timeout=60)
+    second = _submit(job, "--array", "3")
+    job.wait_for_answers(60, timeout=60)
+    subprocess.run(["scancel", f"{array}_0"], check=True)
+    _wait(lambda: _ended(second["finish"]))
+    assert _states(array) == ["CANCELLED"]
+    _check(job)
+
+
+def test_a_requeued_task_goes_on(job: JobFolder) -> None:
+    told = _submit(job, "--array", "1")
+    array = told["jobs"][0]  # type: ignore[index]
+    job.wait_for_answers(60, timeout=60)
+    subprocess.run(["scontrol", "requeue", f"{array}_0"], check=True)
+    _wait(lambda: _ended(told["finish"]), 120)
+    assert _states(array) == ["COMPLETED"]
+    assert len(_workers(job)) == 2
+    _check(job)
+
+
+def test_the_time_limit_requeues_while_work_is_left(job: JobFolder) -> None:
+    """SLURM warns up to 60 s early, so with a limit of one minute the warning comes at once."""
+    told = _submit(job, "--array", "1", "--sbatch", "--time=1", "--set", "input.limit=160")
+    _wait(lambda: _ended(told["finish"]), 200)
+    _check(job)
+    log = next((job.out / "slurm").glob(f"{told['jobs'][0]}_*.log")).read_text()  # type: ignore[index]
+    assert "run the same command again" in log
+
+
+def test_a_lost_node_costs_nothing(job: JobFolder) -> None:
+    told = _submit(job, "--array", "2", "--sbatch", "--exclusive")
+    job.wait_for_answers(40, timeout=60)
+    down = ["scontrol", "update", "nodename=n1", "state=down", "reason=test"]
+    subprocess.run(down, check=True)
+    time.sleep(2)
+    subprocess.run(["scontrol", "update", "nodename=n1", "state=resume"], check=True)
+    _wait(lambda: _ended(told["finish"]), 150)
+    _check(job, regenerated=2)
+
+
+def test_status_names_the_tasks(job: JobFolder) -> None:
+    told = _submit(job, "--array", "2")
+    job.wait_for_answers(30, timeout=60)
+    status = as_json(job.call("status", str(job.out), "--json"))
+    assert {worker["slurm_job"] for worker in status["workers"]} <= set(map(str, range(10_000)))
+    assert status["workers"]
+    _wait(lambda: _ended(told["finish"]))
+    _check(job)
