@@ -66,6 +66,7 @@ class GroupWork:
     shared: Extent | None = None  # taken with the first request
     release: Any = None  # gives the fed images back
     error: RowError | None = None  # its shared tokens could not be computed
+    num_admitted: int = 0
 
     def images_of(self, request: Request) -> tuple[tuple[PlacedImage, Any], ...]:
         """The request's own images, each with its pixels or its RowError."""
@@ -257,7 +258,9 @@ class Scheduler:
             shared.append(work.shared)
         for e in shared:
             e.num_users += 1
-        cached = sum(e.length for e in shared)
+        # NOTE: a group's shared tokens are computed for its first request, read by the others.
+        cached = sum(e.length for e in shared if work.num_admitted or e is not work.shared)
+        work.num_admitted += 1
         sequence = Sequence(request, extent, tuple(shared), cached, heapq.heappop(self.free_lanes))
         return Piece(
             request.tokens, request.positions, work.group.num_shared_tokens, request.num_tokens,

@@ -131,3 +131,11 @@ def test_everything_is_given_back(bench: Bench) -> None:
     held = engine.scheduler.prefix.extent.length if engine.scheduler.prefix else 0
     assert pool.num_free == pool.size - held
     assert sorted(engine.scheduler.free_lanes) == list(range(engine.scheduler.num_slots))
+
+
+def test_computed_and_cached_tokens_add_up(bench: Bench) -> None:
+    engine = bench.engine()
+    bench.run(questions(bench), engine)
+    stats, prefix = engine.stats, engine.scheduler.prefix
+    held = prefix.extent.length if prefix is not None else 0
+    assert stats.num_prefill_tokens + stats.num_cached_tokens == stats.num_prompt_tokens + held
