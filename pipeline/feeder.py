@@ -121,6 +121,7 @@ class Feeder:
         """What a worker needs to know of one image."""
         source, layout = image.image, image.layout
         width, height = source.width, source.height
+        resize = self.resize and not layout.views
         return Task(
             number=number,
             path=source.spool,
@@ -129,8 +130,8 @@ class Feeder:
             digest=source.digest.hex(),
             width=width,
             height=height,
-            out_width=layout.width if self.resize else width,
-            out_height=layout.height if self.resize else height,
+            out_width=layout.width if resize else width,
+            out_height=layout.height if resize else height,
             memory=room.block.path if room else "",
             memory_size=room.block.size if room else 0,
             place=place,

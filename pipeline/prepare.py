@@ -123,12 +123,14 @@ class Preparer:
             raise RowError("too_many_images", f"The row has {len(refs)} images, more than {limit}.")
         if refs and "image" not in self._family.takes:
             raise RowError("unsupported_input", "The model takes no images.")
-        return [self._image(shard, ref) for ref in refs]
+        return [self._image(shard, ref, len(refs)) for ref in refs]
 
-    def _image(self, shard: str, ref: ImageRef) -> tuple[EncodedImage, ImageLayout]:
+    def _image(
+        self, shard: str, ref: ImageRef, num_images: int
+    ) -> tuple[EncodedImage, ImageLayout]:
         data = images.load(ref, self._settings.input)
         width, height = images.probe(data, self._settings.input.max_pixels)
-        layout = self._family.layout(width, height)
+        layout = self._family.layout(width, height, num_images)
         digest, path, offset, num_bytes = self._store.add(shard, data)
         return EncodedImage(digest, width, height, path, offset, num_bytes), layout
 

@@ -56,13 +56,30 @@ class EncodedImage:
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """One picture that a family makes of an image: `box` of it, resized, set on a canvas."""
+
+    height: int  # of the canvas, in pixels
+    width: int
+    resized: tuple[int, int]  # height and width of the image on it
+    offset: tuple[int, int] = (0, 0)  # of the image's first row and column on it
+    fill: tuple[int, int, int] = (0, 0, 0)
+    box: tuple[int, int, int, int] | None = None  # left, top, right, bottom; None: all of it
+    filter: str = "bicubic"  # bicubic | bilinear | lanczos
+
+
+@dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """What a family makes of an image's size: the processed size, its patch grid, its tokens."""
+    """What a family makes of an image's size: the processed size, its patch grid, its tokens.
+
+    Without `views` the image is resized (bicubic) to height x width, and workers may do that.
+    """
 
     height: int  # pixels after the family's resize
     width: int
     grid: tuple[int, int, int]  # frames, rows, columns of patches
     num_tokens: int
+    views: tuple[View, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

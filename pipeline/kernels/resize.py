@@ -1,13 +1,15 @@
-"""Pillow's bicubic resize of 8-bit RGB, in its fixed-point arithmetic, on any device.
+"""Pillow's resize of 8-bit RGB, in its fixed-point arithmetic, on any device.
 
-Coefficients are those of Pillow's `Resample.c`: support 2 (times the shrink factor), a = -0.5,
-normalised in float64, rounded to 22 fractional bits; sums in integers, clipped to 8 bits after the
-horizontal and after the vertical pass. Which pass comes first is the installed Pillow's choice, so
-that a GPU gives the pixels that decoding processes give on CPU devices. Knows no model.
+Coefficients are those of Pillow's `Resample.c`: a filter (bicubic with a = -0.5, bilinear, Lanczos
+of three lobes) stretched by the shrink factor, normalised in float64, rounded to 22 fractional
+bits; sums in integers, clipped to 8 bits after the horizontal and after the vertical pass. Which
+pass comes first is the installed Pillow's choice, so that a GPU gives the pixels that decoding
+processes give on CPU devices. Knows no model.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -21,12 +23,39 @@ PRECISION_BITS = 32 - 8 - 2
 PILLOW = int(PIL.__version__.partition(".")[0])
 
 
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = -0.5 * (((x - 5.0) * x + 8.0) * x - 4.0)
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+
+
+def _bilinear(x: np.ndarray) -> np.ndarray:
+    return np.where(x < 1.0, 1.0 - x, 0.0)
+
+
+def _lanczos(x: np.ndarray) -> np.ndarray:
+    return np.where(x < 3.0, _sinc(x) * _sinc(x / 3.0), 0.0)
+
+
+def _sinc(x: np.ndarray) -> np.ndarray:
+    # NOTE: math.sin is C's, as Pillow's; numpy's vector sine differs in the last bit.
+    turned = x * math.pi
+    sine = np.array([math.sin(t) for t in turned.ravel()]).reshape(x.shape)
+    return np.where(x == 0.0, 1.0, sine / np.where(x == 0.0, 1.0, turned))
+
+
+_FILTERS = {"bicubic": (_bicubic, 2.0), "bilinear": (_bilinear, 1.0), "lanczos": (_lanczos, 3.0)}
+
+
 @lru_cache(maxsize=4096)
-def coefficients(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
+def coefficients(
+    size_in: int, size_out: int, filter: str = "bicubic"
+) -> tuple[np.ndarray, np.ndarray]:
     """First source pixel [size_out] and integer weights [size_out, taps] of one axis."""
+    curve, radius = _FILTERS[filter]
     scale = size_in / size_out
     stretch = max(scale, 1.0)
-    support = 2.0 * stretch
+    support = radius * stretch
     taps = int(np.ceil(support)) * 2 + 1
     center = (np.arange(size_out) + 0.5) * scale
     # NOTE: int() truncates toward zero in C as here; both ends are clamped afterwards.
@@ -34,31 +63,28 @@ def coefficients(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
     last = np.minimum((center + support + 0.5).astype(np.int64), size_in)
     place = first[:, None] + np.arange(taps)
     x = np.abs((place - center[:, None] + 0.5) * (1.0 / stretch))
-    near = (1.5 * x - 2.5) * x * x + 1.0
-    far = -0.5 * (((x - 5.0) * x + 8.0) * x - 4.0)
-    weight = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
-    weight = np.where(place < last[:, None], weight, 0.0)
+    weight = np.where(place < last[:, None], curve(x), 0.0)
     weight /= weight.sum(1, keepdims=True)
     fixed = np.trunc(weight * (1 << PRECISION_BITS) + np.copysign(0.5, weight)).astype(np.int64)
     return first, fixed
 
 
 @lru_cache(maxsize=512)
-def _axis(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    first, fixed = coefficients(size_in, size_out)
+def _axis(size_in: int, size_out: int, filter: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    first, fixed = coefficients(size_in, size_out, filter)
     index = np.minimum(first[:, None] + np.arange(fixed.shape[1]), size_in - 1)
     return torch.from_numpy(index.astype(np.int32)).to(device), torch.from_numpy(
         fixed.astype(np.int32)
     ).to(device)
 
 
-def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 [H, W, 3] -> uint8 [height, width, 3], equal to Pillow's `resize(…, BICUBIC)`."""
+def resize(image: Tensor, height: int, width: int, filter: str = "bicubic") -> Tensor:
+    """uint8 [H, W, 3] -> uint8 [height, width, 3], equal to Pillow's `resize` by that filter."""
     axes = (0, 1) if _rows_first(image.shape[0] - height, image.shape[1] - width) else (1, 0)
     for axis in axes:
         size = width if axis else height
         if image.shape[axis] != size:
-            image = _pass(image, size, axis)
+            image = _pass(image, size, axis, filter)
     return image
 
 
@@ -67,8 +93,8 @@ def _rows_first(height_lost: int, width_lost: int) -> bool:
     return PILLOW >= 13 and height_lost > 0 and height_lost > 2 * width_lost
 
 
-def _pass(image: Tensor, size_out: int, axis: int) -> Tensor:
-    index, weight = _axis(image.shape[axis], size_out, image.device)
+def _pass(image: Tensor, size_out: int, axis: int, filter: str) -> Tensor:
+    index, weight = _axis(image.shape[axis], size_out, filter, image.device)
     if use_triton(image):
         return _resize_axis_triton(image.contiguous(), index, weight, axis)
     return resize_axis_reference(image, index, weight, axis)

@@ -71,8 +71,11 @@ class Family(ABC):
         return self.template.control
 
     @abstractmethod
-    def layout(self, width: int, height: int) -> ImageLayout:
-        """What the family makes of an image. Raises RowError bad_aspect_ratio."""
+    def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
+        """What the family makes of one of a conversation's images.
+
+        Raises: RowError bad_aspect_ratio.
+        """
 
     def render(self, turns: Sequence[Turn]) -> tuple[Piece, ...]:
         """The prompt's pieces: texts, control tokens and image numbers, up to the answer."""

@@ -67,7 +67,7 @@ class Generic(Family):
     def control(self) -> tuple[str, ...]:
         return self._specials
 
-    def layout(self, width: int, height: int) -> ImageLayout:
+    def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
         """The image as it is: the model's processor resizes it. Its token count is a guess."""
         fixed = _first(self._checkpoint.config, "image_seq_length", "mm_tokens_per_image")
         low, high = _GUESSED_TOKENS

@@ -150,7 +150,7 @@ class QwenVL(Family):
         """Pixels of a side that one image token covers."""
         return self.patch_size * self.merge_size
 
-    def layout(self, width: int, height: int) -> ImageLayout:
+    def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
         rows, columns = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         return ImageLayout(
             height=rows,
