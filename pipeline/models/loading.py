@@ -125,6 +125,12 @@ class Weights:
         """Count `name` as used, whether or not it is there."""
         self._used.add(name)
 
+    def drop_all(self, prefix: str) -> int:
+        """Count every tensor whose name starts with `prefix` as used; return how many there are."""
+        found = [name for name in self._places if name.startswith(prefix)]
+        self._used.update(found)
+        return len(found)
+
     def finish(self) -> None:
         """Close the files.
 

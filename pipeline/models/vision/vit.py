@@ -1,0 +1,164 @@
+"""The plain vision transformer that CLIP's and SigLIP's towers are made of: patches, then blocks.
+
+Tokens of many images stand packed in one row; an `AttentionPlan` says which belong together, so
+equal tiles are one dense batch and images of any size need no padding. Knows no resize, no
+position table and no projector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.attention import AttentionPlan, plan_attention, varlen_attention
+from pipeline.models.layers import MLP, LayerNorm, Linear
+from pipeline.models.loading import Weights
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """Sizes in values and pixels. `depth` blocks run; a checkpoint may hold more of them."""
+
+    depth: int
+    size: int
+    heads: int
+    inner: int
+    patch: int
+    side: int  # pixels of the square image that the position table is for
+    act: str = "gelu_pytorch_tanh"
+    eps: float = 1e-6
+    channels: int = 3
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.side // self.patch
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def patch_values(self) -> int:
+        return self.channels * self.patch**2
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """How a layout calls the parts of a block; three names of `qkv`, or one that is merged."""
+
+    blocks: str = "encoder.layers"
+    norm1: str = "layer_norm1"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    out: str = "self_attn.out_proj"
+    norm2: str = "layer_norm2"
+    mlp: tuple[str, str] = ("mlp.fc1", "mlp.fc2")
+
+
+HF_BLOCKS = BlockNames()
+TIMM_BLOCKS = BlockNames("blocks", "norm1", ("attn.qkv",), "attn.proj", "norm2")
+
+
+@dataclass(slots=True)
+class Block:
+    """One block's weights: norms before attention and before the MLP."""
+
+    norm1: LayerNorm
+    qkv: Linear
+    out: Linear
+    norm2: LayerNorm
+    mlp: MLP
+
+
+def _take_block(weights: Weights, name: str, c: VitConfig, names: BlockNames) -> Block:
+    parts = [f"{name}.{part}" for part in names.qkv]
+    rows = [3 * c.size // len(parts)] * len(parts)
+    first, second = (f"{name}.{part}" for part in names.mlp)
+    return Block(
+        norm1=LayerNorm.take(weights, f"{name}.{names.norm1}", c.size, c.eps),
+        qkv=Linear.merged(weights, parts, rows, c.size),
+        out=Linear.take(weights, f"{name}.{names.out}", c.size, c.size),
+        norm2=LayerNorm.take(weights, f"{name}.{names.norm2}", c.size, c.eps),
+        mlp=MLP.take(weights, (first, second), (c.size, c.inner, c.size), c.act),
+    )
+
+
+class Blocks:
+    """Packed tokens [T, C] through `depth` blocks; the checkpoint's later blocks are left out."""
+
+    def __init__(
+        self, weights: Weights, config: VitConfig, name: str, names: BlockNames = HF_BLOCKS
+    ) -> None:
+        self.config = config
+        stem = f"{name}.{names.blocks}"
+        self.blocks = [
+            _take_block(weights, f"{stem}.{i}", config, names) for i in range(config.depth)
+        ]
+        extra = config.depth
+        while weights.drop_all(f"{stem}.{extra}."):
+            extra += 1
+
+    def __call__(self, x: Tensor, plan: AttentionPlan, norm: LayerNorm | None = None) -> Tensor:
+        """Return the last block's output, through `norm` where one is given."""
+        if not self.blocks:
+            return x if norm is None else norm(x)[0]
+        normed, x = self.blocks[0].norm1(x)
+        for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+            normed, x = block.norm2(block.out(self._attend(block, normed, plan)), x)
+            out = block.mlp(normed)
+            after = norm if following is None else following.norm1
+            if after is None:
+                return x + out
+            normed, x = after(out, x)
+        return normed
+
+    def _attend(self, block: Block, x: Tensor, plan: AttentionPlan) -> Tensor:
+        heads = self.config.heads
+        q, k, v = block.qkv(x).view(len(x), 3, heads, -1).unbind(1)
+        return varlen_attention(q, k, v, plan, q.shape[-1] ** -0.5).flatten(1)
+
+
+class PatchEmbed:
+    """Patches [..., channels * patch²] to values: a convolution whose steps are its own size."""
+
+    def __init__(self, weights: Weights, config: VitConfig, name: str, bias: bool) -> None:
+        c = config
+        weight = weights.take(f"{name}.weight", (c.size, c.channels, c.patch, c.patch))
+        offset = weights.take(f"{name}.bias", (c.size,)) if bias else None
+        self.linear = Linear(weight.flatten(1), offset)
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        return self.linear(patches)
+
+
+def image_patches(
+    images: Tensor,
+    patch: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """uint8 [B, H, W, 3] -> [B, N, 3 * patch²], normalised, rows of patches after one another.
+
+    Arithmetic is the processors' in float32: `x * (1/255)`, minus the mean, over the deviation.
+    """
+    pixels = (images.float() * (1.0 / 255.0) - row(mean, images.device)) / row(std, images.device)
+    count, height, width, _ = images.shape
+    cut = pixels.to(dtype).view(count, height // patch, patch, width // patch, patch, -1)
+    return cut.permute(0, 1, 3, 5, 2, 4).reshape(count, (height // patch) * (width // patch), -1)
+
+
+@lru_cache(maxsize=64)
+def row(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return `values` as a float32 row on the device."""
+    # NOTE: made once; a copy from the host at each call would wait for the device.
+    return torch.tensor(values, dtype=torch.float32).to(device)
+
+
+@lru_cache(maxsize=64)
+def uniform_plan(count: int, length: int) -> AttentionPlan:
+    """Return the plan of `count` images of `length` tokens each."""
+    return plan_attention([length] * count)
