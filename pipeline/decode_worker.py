@@ -6,13 +6,14 @@ says. Started by `decode_pool` as a fresh interpreter. Knows no row and no order
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
 import signal
 import socket
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -62,16 +63,14 @@ def main(connection: int, max_pixels: int, arena: str) -> None:
     """Serve tasks until the socket closes; `arena` is the memory that lives as long."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    with socket.socket(fileno=connection) as link, link.makefile("rwb") as stream:
-        _say(stream, [READY, None, None])
+    link = socket.socket(fileno=connection)
+    memories = _Memories(arena)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError), link.makefile("rb") as lines:
+        _say(link, [READY, None, None])
         _silence()
-        memories = _Memories(arena)
-        for line in stream:
+        for line in lines:
             task = Task(*json.loads(line))
-            try:
-                _say(stream, [task.number, *_serve(task, memories, max_pixels)])
-            except BrokenPipeError:
-                return
+            _say(link, [task.number, *_serve(task, memories, max_pixels)])
 
 
 def _serve(task: Task, memories: _Memories, max_pixels: int) -> tuple[str | None, str | None]:
@@ -135,9 +134,8 @@ def _map(task: Task) -> mmap.mmap:
         raise EngineError(f"the shared memory cannot be mapped: {error}") from error
 
 
-def _say(stream: Any, message: list[object]) -> None:
-    stream.write(json.dumps(message).encode() + b"\n")
-    stream.flush()
+def _say(link: socket.socket, message: list[object]) -> None:
+    link.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _silence() -> None:

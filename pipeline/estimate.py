@@ -17,6 +17,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.family import Family, ModelSizes
 from pipeline.models.registry import family_for
 from pipeline.planner import Plan, Planner, PlanStats
+from pipeline.prefetch import ImageLoader
 from pipeline.prepare import Preparer, Unstored
 from pipeline.prompts import prompt_columns
 from pipeline.rows import Answer, Group, Request, Row
@@ -168,16 +169,19 @@ def estimate(
     checkpoint = Checkpoint.open(settings.model)
     family = family_for(checkpoint, settings.model)
     total, rows = _read(settings)
-    preparer = Preparer(settings, family, Tokenizer(checkpoint), Unstored())
+    loader = ImageLoader(settings.input)
+    preparer = Preparer(settings, family, Tokenizer(checkpoint), Unstored(), loader.load)
     planner = Planner(settings.engine, shares=family.fused)
     result = Estimate(family.name, family.fused, total, 0, {}, PlanStats(), 0, 0)
     work = _Work()
     bands: dict[int, Band] = {}
-    for requests in _windows(preparer, islice(rows, max_rows), result):
+    read = loader.ahead(islice(rows, max_rows), lambda row: True)
+    for requests in _windows(preparer, read, result):
         plan = planner.plan(requests)
         result.stats.add(plan.stats)
         _add_bands(plan, bands)
         _add_work(plan, family.sizes, work)
+    loader.close()
     if max_rows is None or result.rows_read < min(max_rows, total):
         result.rows = result.rows_read
     result.bands = [bands[key] for key in sorted(bands, reverse=True)]

@@ -23,6 +23,7 @@ from PIL import Image
 
 from pipeline.errors import RowError
 from pipeline.image_header import ImageHeader, read_header
+from pipeline.stores import read_whole
 
 if TYPE_CHECKING:
     from pipeline.rows import ImageRef
@@ -193,20 +194,15 @@ def _read_store(path: str, max_bytes: int) -> bytes:
         raise RowError(
             "remote_forbidden", f"Images cannot be read from {_short(scheme)} addresses."
         )
-    from fsspec.core import url_to_fs
-
     try:
-        filesystem, name = url_to_fs(path)
-        if (filesystem.info(name).get("size") or 0) > max_bytes:
-            raise _too_large(max_bytes)
-        with filesystem.open(name, "rb") as file:
-            return file.read(max_bytes + 1)
+        data = read_whole(path, max_bytes)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise RowError("missing_file", f"{_short(path)} does not exist.") from None
-    except RowError:
-        raise
-    except Exception as error:  # noqa: BLE001 - each store has error classes of its own
+    except (OSError, ImportError, ValueError) as error:
         raise RowError("remote_failed", f"{_short(path)} cannot be read: {error}.") from None
+    if data is None:
+        raise _too_large(max_bytes)
+    return data
 
 
 def _limited(data: bytes, max_bytes: int) -> bytes:

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pipeline.errors import RowError
@@ -19,8 +19,9 @@ from pipeline.feeder import SHARED_BYTES, Feeder
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.registry import family_for
 from pipeline.planner import Planner, PlanStats
+from pipeline.prefetch import ImageLoader
 from pipeline.prepare import Preparer
-from pipeline.rows import Answer, Completion, Group, Prefix, Request, RequestKey, ShardWork
+from pipeline.rows import Answer, Completion, Group, Prefix, Request, RequestKey, Row, ShardWork
 from pipeline.settings import LabelSettings
 from pipeline.spool import Spool
 from pipeline.tokenizer import Tokenizer
@@ -40,7 +41,10 @@ class Labeller:
         self.family = family_for(self.checkpoint, settings.model)
         self.tokenizer = Tokenizer(self.checkpoint, self.family.control)
         self.spool = Spool()
-        self.preparer = Preparer(settings, self.family, self.tokenizer, self.spool)
+        self.loader = ImageLoader(settings.input)
+        self.preparer = Preparer(
+            settings, self.family, self.tokenizer, self.spool, self.loader.load
+        )
         on_cpu = choose_device(settings.engine).type == "cpu"
         workers = _num_workers(settings, on_cpu)
         self.feeder = Feeder(
@@ -87,6 +91,7 @@ class Labeller:
 
     def close(self) -> None:
         self.feeder.close()
+        self.loader.close()
         self.spool.close()
 
     def _items(self, shards: Iterable[ShardWork]) -> Iterator[Prefix | Group]:
@@ -94,7 +99,7 @@ class Labeller:
         for work in shards:
             self._open.begin(work.shard)
             window: list[Request] = []
-            for row in work.rows:
+            for row in self.loader.ahead(work.rows, self._wants(work)):
                 for made in self.preparer.prepare(work.shard, row, work.done):
                     if isinstance(made, Answer):
                         self._early.append(made)
@@ -105,6 +110,11 @@ class Labeller:
                     window = []
             yield from self._plan(window)
             self._open.all_planned(work.shard)
+
+    def _wants(self, work: ShardWork) -> Callable[[Row], bool]:
+        """Whether a prompt of a row is still to be answered."""
+        names = self.preparer.prompt_names
+        return lambda row: any((row.index, name) not in work.done for name in names)
 
     def _plan(self, window: list[Request]) -> Iterator[Prefix | Group]:
         for request in window:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,12 +56,18 @@ class Preparer:
     """Turns rows into requests for one family and one set of prompts."""
 
     def __init__(
-        self, settings: LabelSettings, family: Family, tokenizer: Tokenizer, store: ImageStore
+        self,
+        settings: LabelSettings,
+        family: Family,
+        tokenizer: Tokenizer,
+        store: ImageStore,
+        load: Callable[[ImageRef], bytes] | None = None,
     ) -> None:
         self._settings = settings
         self._family = family
         self._tokenizer = tokenizer
         self._store = store
+        self._load = load or (lambda ref: images.load(ref, settings.input))
         self._messages = settings.input.messages is not None
         self._texts = {name: PromptText(name, p.text) for name, p in settings.prompts.items()}
         self._schemas = {name: schema_text(name, p) for name, p in settings.prompts.items()}
@@ -128,7 +134,7 @@ class Preparer:
     def _image(
         self, shard: str, ref: ImageRef, num_images: int
     ) -> tuple[EncodedImage, ImageLayout]:
-        data = images.load(ref, self._settings.input)
+        data = self._load(ref)
         width, height = images.probe(data, self._settings.input.max_pixels)
         layout = self._family.layout(width, height, num_images)
         digest, path, offset, num_bytes = self._store.add(shard, data)

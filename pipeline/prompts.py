@@ -6,8 +6,6 @@ torch.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -172,8 +170,6 @@ class _Messages:
             index = int(match.group(1)) if match.group(1) else self._next
             self._next = index + 1
             return self._number(("row", index), lambda: self._row_image(index))
-        if address.startswith("data:"):
-            return self._number(("data", address), lambda: ImageRef(data=_data_url(address)))
         return self._number(("path", address), lambda: ImageRef(path=address))
 
     def _row_image(self, index: int) -> ImageRef:
@@ -192,13 +188,3 @@ class _Messages:
             return self._numbers[key]
         self.images.append(self.images[self._numbers[key]])
         return len(self.images) - 1
-
-
-def _data_url(address: str) -> bytes:
-    head, comma, body = address.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise RowError("bad_messages", "A data URL of an image must be base64.")
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RowError("bad_messages", "A data URL of an image is no valid base64.") from error

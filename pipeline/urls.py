@@ -24,6 +24,7 @@ from pipeline.errors import RowError
 
 MAX_REDIRECTS = 5
 MAX_TRIES = 3
+PAUSE_SEC = 0.5  # before the second try, at most; doubled for the third
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TRY_AGAIN = frozenset({429, 500, 502, 503, 504})
 _CHUNK = 1 << 16
@@ -59,7 +60,6 @@ class Client(NamedTuple):
 
     resolve: Resolve
     is_allowed: Callable[[str], bool]
-    pause_sec: float = 0.5
 
 
 def fetch(url: str, timeout_sec: float, max_bytes: int, client: Client | None = None) -> bytes:
@@ -72,7 +72,7 @@ def fetch(url: str, timeout_sec: float, max_bytes: int, client: Client | None = 
         except _Transient as error:
             if attempt == MAX_TRIES - 1:
                 raise RowError("remote_failed", f"The URL cannot be read: {error}.") from None
-            pause = client.pause_sec * 2**attempt * random.uniform(0.5, 1.0)
+            pause = PAUSE_SEC * 2**attempt * random.uniform(0.5, 1.0)
             if pause >= deadline.left():
                 raise RowError("remote_failed", f"The URL cannot be read: {error}.") from None
             time.sleep(pause)
@@ -230,7 +230,13 @@ def _request(
     query = "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~-._?") if parts.query else ""
     headers = {"User-Agent": _AGENT, "Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity"}
     connection.request("GET", path + query, headers=headers)
-    response = connection.getresponse()
+    with contextlib.closing(connection.getresponse()) as response:
+        return _read(response, deadline, max_bytes)
+
+
+def _read(
+    response: http.client.HTTPResponse, deadline: Deadline, max_bytes: int
+) -> tuple[bytes, str | None]:
     if response.status in _REDIRECTS and (target := response.getheader("Location")):
         return b"", target
     if response.status in _TRY_AGAIN:

@@ -99,11 +99,11 @@ class Source(ABC):
         row_id, error = f"{file_name(path)}:{number}", None
         images: tuple[ImageRef, ...] = ()
         try:
+            if self.settings.id is not None:
+                row_id = id_text(record.get(self.settings.id))
             for value in (*record.values(), image):
                 if isinstance(value, RowError):
                     raise value
-            if self.settings.id is not None:
-                row_id = id_text(record.get(self.settings.id))
             images = image_refs(image, self.settings.max_images)
         except RowError as raised:
             error = raised

@@ -44,6 +44,8 @@ def id_text(value: Any) -> str:
     """An id as text; null, lists and structs are errors."""
     if isinstance(value, str):
         return value
+    if isinstance(value, RowError):
+        raise value
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     if value is None or isinstance(value, list | tuple | dict):

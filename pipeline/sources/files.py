@@ -6,23 +6,20 @@ Knows no file format. fsspec is imported only when an address needs it.
 from __future__ import annotations
 
 import glob
+import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from pipeline.errors import EngineError, UserError
+from pipeline.stores import StoreFile, filesystem_of, is_local, patiently
 
 _MAGIC = "*?["
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "VersionId")
 _T = TypeVar("_T")
-
-
-def is_local(path: str) -> bool:
-    """Whether the path needs no fsspec."""
-    return "://" not in path and "::" not in path
 
 
 def expand(paths: str | Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
@@ -66,41 +63,31 @@ def _hidden(name: str) -> bool:
 
 
 def _expand_remote(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    filesystem, name = filesystem_of(path)
     try:
-        if any(letter in name for letter in _MAGIC):
-            names = [
-                n for n, i in filesystem.glob(name, detail=True).items() if i["type"] == "file"
-            ]
-        elif filesystem.isdir(name):
-            names = [n for n in filesystem.find(name) if n.endswith(suffixes)]
-            names = [n for n in names if not _hidden(n.rsplit("/", 1)[-1])]
-        else:
-            names = [name] if filesystem.exists(name) else []
-    except Exception as error:  # each store has error classes of its own
+        filesystem, name = filesystem_of(path)
+        names = patiently(lambda: _list(filesystem, name, suffixes))
+    except (ImportError, ValueError, OSError) as error:
         raise UserError(f"input.path {path!r} cannot be listed: {error}.") from error
     return [str(filesystem.unstrip_protocol(n)) for n in names]
 
 
-def filesystem_of(path: str) -> tuple[Any, str]:
-    """The fsspec filesystem of an address, and the name in it."""
-    from fsspec.core import url_to_fs
-
-    try:
-        filesystem, name = url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"input.path {path!r} cannot be opened: {error}") from error
-    return filesystem, name
+def _list(filesystem: Any, name: str, suffixes: tuple[str, ...]) -> list[str]:
+    if any(letter in name for letter in _MAGIC):
+        found = filesystem.glob(name, detail=True)
+        return [n for n, info in found.items() if info["type"] == "file"]
+    if not filesystem.isdir(name):
+        return [name] if filesystem.exists(name) else []
+    names = [n for n in filesystem.find(name) if n.endswith(suffixes)]
+    return [n for n in names if not _hidden(n.rsplit("/", 1)[-1])]
 
 
 def open_binary(path: str, sequential: bool = False) -> BinaryIO:
     """A seekable file; reads of it may raise OSError."""
     if is_local(path):
         return open(path, "rb")
-    filesystem, name = filesystem_of(path)
-    cache = "readahead" if sequential else "none"
-    file: BinaryIO = filesystem.open(name, "rb", cache_type=cache)
-    return file
+    if sequential:
+        return io.BufferedReader(StoreFile(path, "readahead"), 1 << 20)
+    return cast(BinaryIO, StoreFile(path))
 
 
 def size_and_version(path: str) -> tuple[int, str | None]:
@@ -108,7 +95,7 @@ def size_and_version(path: str) -> tuple[int, str | None]:
     if is_local(path):
         return os.stat(path).st_size, None
     filesystem, name = filesystem_of(path)
-    info = filesystem.info(name)
+    info = patiently(lambda: filesystem.info(name))
     version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), None)
     return int(info["size"]), version
 

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.rows import Row
 from pipeline.sources import files
 from pipeline.sources.base import InputFile, Source
+from pipeline.stores import is_local
 
 _KINDS = "jpg jpeg png webp gif bmp tif tiff heic heif avif jxl jp2"  # some fail, none is skipped
 SUFFIXES = tuple(f".{kind}" for name in _KINDS.split() for kind in (name, name.upper()))
@@ -45,7 +46,7 @@ class FolderSource(Source):
             address = f"{path}/{name}"
             values = dict(zip(COLUMNS, (name, address, path), strict=True))
             record = {column: values[column] for column in columns}
-            image = os.path.abspath(address) if files.is_local(address) else address
+            image = os.path.abspath(address) if is_local(address) else address
             yield self.make_row(path, start, number, record, image if self.settings.image else None)
 
     def _input_file(self, folder: str) -> InputFile:

@@ -18,6 +18,7 @@ from pipeline.rows import Row
 from pipeline.sources import files
 from pipeline.sources.base import InputFile, Source
 from pipeline.sources.cells import records
+from pipeline.stores import is_local
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
 _SUFFIXES = (".parquet", ".parq", ".pq")
@@ -111,7 +112,7 @@ def _read_at(file: Any, offset: int, num_bytes: int) -> bytes:
 
 
 def _open(path: str) -> pq.ParquetFile:
-    local = files.is_local(path)
+    local = is_local(path)
     try:
         file = path if local else files.open_binary(path)
         buffer = _LOCAL_BUFFER if local else _REMOTE_BUFFER
@@ -150,4 +151,4 @@ def _is_transient(path: str, error: Exception) -> bool:
     """Whether another attempt may read what this one could not: the disk or the network failed."""
     if not isinstance(error, OSError):
         return False
-    return error.errno is not None or not files.is_local(path)
+    return error.errno is not None or not is_local(path)

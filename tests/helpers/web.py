@@ -40,7 +40,7 @@ class Web:
                 return [host]
             raise OSError("unknown")
 
-        return Client(resolve, lambda address: address == "127.0.0.1", pause_sec=0.01)
+        return Client(resolve, lambda address: address == "127.0.0.1")
 
 
 @contextmanager

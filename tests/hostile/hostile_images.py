@@ -69,7 +69,7 @@ def _good() -> list[Case]:
         ("one_pixel", encode(picture(1, 1), "PNG"), "ok"),
         ("jpeg_with_zip_behind", jpeg() + b"PK\x03\x04" + bytes(200), "ok"),
         ("gif_that_is_javascript", _javascript_gif(), "ok"),
-        ("missing_end_marker", jpeg()[:-2], "ok"),
+        ("jpeg_without_end_marker", jpeg()[:-2], "truncated_image"),
     ]
 
 

@@ -21,6 +21,11 @@ def web() -> Iterator[Web]:
         yield web
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "PAUSE_SEC", 0.01)
+
+
 def fetch(web: Web, path: str, timeout_sec: float = 10.0, host: str = "good.test") -> bytes:
     return urls.fetch(web.url(path, host), timeout_sec, LIMIT, web.client())
 

@@ -86,7 +86,11 @@ def test_messages_with_images_anywhere() -> None:
         Turn("assistant", ("Yes.",)),
         Turn("user", (2, "why?")),
     )
-    assert images == (ImageRef(data=b"\1"), ImageRef(data=b"GIF89a"), ImageRef(path="a/b.png"))
+    assert images == (
+        ImageRef(data=b"\1"),
+        ImageRef(path=f"data:image/gif;base64,{PIXEL}"),
+        ImageRef(path="a/b.png"),
+    )
 
 
 def test_images_without_a_name_come_in_order() -> None:
@@ -125,11 +129,6 @@ def test_the_jobs_system_text_stands_in() -> None:
         ([{"role": "user", "content": "q"}, {"role": "system", "content": "s"}], "bad_messages"),
         ([{"role": "system", "content": [{"type": "image"}]}], "bad_messages"),
         ([{"role": "user", "content": [{"type": "image", "image": 3}]}], "bad_messages"),
-        ([{"role": "user", "content": [{"type": "image", "image": "data:,x"}]}], "bad_messages"),
-        (
-            [{"role": "user", "content": [{"type": "image", "image": "data:a;base64,é"}]}],
-            "bad_messages",
-        ),
         ([{"role": "user", "content": [{"type": "image", "image": "image:2"}]}], "missing_image"),
         ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], "unsupported_input"),
     ],
