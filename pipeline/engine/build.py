@@ -62,9 +62,6 @@ def build_engine(
     dtype = choose_dtype(settings.model.dtype, device)
     with torch.inference_mode():
         model = load_model(checkpoint, family, device, dtype, settings.model.quantization)
-        config = model.decoder.config
-        if any(config.windows) or config.softcap is not None:
-            raise UserError("The engine has no sliding windows and no soft caps yet.")
         sizes = size_engine(model, settings.engine)
         vocab = model.decoder.config.vocab_size
         outcomes = Outcomes(

@@ -40,7 +40,9 @@ class DecodeAttend:
     ) -> Tensor:
         k, v = self.cache.keys(layer), self.cache.values(layer)
         q = rope_and_cache(qkv, cos, sin, k, v, self.places, self.config.num_heads)
-        return decode_attention(q, k, v, self.plan, self.config.scale).flatten(1)
+        c = self.config
+        out = decode_attention(q, k, v, self.plan, c.scale, c.window(layer), c.softcap)
+        return out.flatten(1)
 
 
 class Decoder:

@@ -24,7 +24,7 @@ from pipeline.kernels.prefill_attention import (
     prefill_plan_for,
 )
 from pipeline.kernels.rope import rope_and_cache
-from pipeline.models.base import Model
+from pipeline.models.base import Model, image_spans
 from pipeline.rows import ImageLayout
 
 MAX_IMAGE_TOKENS = 16_384  # of one pass of the image tower
@@ -47,10 +47,13 @@ class PrefillAttend:
     ) -> Tensor:
         k, v = self.cache.keys(layer), self.cache.values(layer)
         q = rope_and_cache(qkv, cos, sin, k, v, self.places, self.config.num_heads)
-        scale = self.config.scale
+        c = self.config
+        window = c.window(layer)
         if last is None:
-            return prefill_attention(q, k, v, self.plan, scale).flatten(1)
-        return decode_attention(q.index_select(0, last), k, v, self.last_plan, scale).flatten(1)
+            return prefill_attention(q, k, v, self.plan, c.scale, window, c.softcap).flatten(1)
+        # NOTE: a prompt's last token closes its span, if it stands in one: it sees no later key.
+        q = q.index_select(0, last)
+        return decode_attention(q, k, v, self.last_plan, c.scale, window, c.softcap).flatten(1)
 
 
 def encode_images(model: Model, images: Seq[tuple[Tensor, ImageLayout]]) -> Tensor | None:
@@ -95,7 +98,8 @@ def prefill(model: Model, cache: KVCache, pieces: Seq[Piece], features: Tensor |
     runs, ends, segments, base = [], [], [], 0
     for piece in pieces:
         own = (*piece.earlier, (piece.extent.start, piece.num_tokens))
-        runs.append(Run(base, piece.num_tokens, own))
+        spans = image_spans(model, piece.tokens[piece.start : piece.stop])
+        runs.append(Run(base, piece.num_tokens, own, spans))
         base += piece.num_tokens
         if piece.sequence is not None:
             ends.append(base - 1)

@@ -3,18 +3,20 @@ of the cache (job prefix, group, own).
 
 Split over the length ("flash-decoding"): each program reads one chunk of one lane for one KV head
 and serves all its query heads; a second kernel joins the chunks. Source: Dao et al., "Flash-
-Decoding for long-context inference" (2023). Knows no sequence and no schedule.
+Decoding for long-context inference" (2023). A sliding window shortens what is read; a soft cap
+bends the scores. Knows no sequence and no schedule.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
+from pipeline.kernels.flash_parts import block_scores, fold_block
 
 BLOCK_KV = 64
 
@@ -30,6 +32,18 @@ class DecodePlan:
     num_splits: int = 1
     index: Tensor | None = None  # int64 [B, Lmax]
     mask: Tensor | None = None  # bool [B, 1, 1, Lmax]
+    windowed: dict[int, Tensor] = field(default_factory=dict)  # window -> mask
+
+    def mask_of(self, window: int | None) -> Tensor:
+        """The reference's mask of layers with this window."""
+        assert self.mask is not None
+        if window is None:
+            return self.mask
+        if window not in self.windowed:
+            length = self.mask.sum(-1, keepdim=True)
+            place = torch.arange(self.mask.shape[-1], device=self.mask.device)
+            self.windowed[window] = self.mask & (place >= length - window)
+        return self.windowed[window]
 
 
 def plan_decode(segments: Tensor, max_length: int = 0, num_splits: int = 1) -> DecodePlan:
@@ -52,25 +66,55 @@ def choose_splits(num_lanes: int, num_kv_heads: int, max_length: int, num_sms: i
     return max(1, min(wanted, max_length // (4 * BLOCK_KV), 32))
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float) -> Tensor:
-    """`q` [B, Hq, D] over `k`, `v` [Hk, N, D] -> [B, Hq, D]. A lane without keys gives zeros."""
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: DecodePlan,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`q` [B, Hq, D] over `k`, `v` [Hk, N, D] -> [B, Hq, D]. A lane without keys gives zeros.
+
+    With a `window` a lane reads its last `window` keys; `softcap` c makes scores c·tanh(s / c).
+    """
     if plan.index is None:
-        return _decode_triton(q, k, v, plan, scale)
-    return decode_attention_reference(q, k, v, plan, scale)
+        return _decode_triton(q, k, v, plan, scale, window, softcap)
+    return decode_attention_reference(q, k, v, plan, scale, window, softcap)
 
 
 def decode_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: DecodePlan,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     assert plan.index is not None
-    assert plan.mask is not None
+    mask = plan.mask_of(window)
     groups = q.shape[1] // k.shape[0]
     keys = k[:, plan.index].transpose(0, 1)  # [B, Hk, L, D]
     values = v[:, plan.index].transpose(0, 1)
     # NOTE: the query heads of one KV head stand as rows, so that no key is repeated.
     rows = q.view(len(q), k.shape[0], groups, q.shape[-1])
-    out = functional.scaled_dot_product_attention(rows, keys, values, plan.mask, scale=scale)
-    return torch.nan_to_num(out).reshape(q.shape) if not plan.mask.all() else out.reshape(q.shape)
+    if softcap is None:
+        out = functional.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
+    else:
+        out = capped_attention(rows, keys, values, mask, scale, softcap)
+    return torch.nan_to_num(out).reshape(q.shape) if not mask.all() else out.reshape(q.shape)
+
+
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Dense attention whose scores stay between -softcap and softcap."""
+    scores = torch.tanh((q @ k.transpose(-1, -2)).float() * (scale / softcap)) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 @triton.jit
@@ -78,6 +122,7 @@ def _decode_kernel(
     q_ptr, k_ptr, v_ptr, seg_ptr, part_ptr, stat_ptr, head_stride, scale, num_splits,
     HQ: tl.constexpr, HK: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -86,8 +131,11 @@ def _decode_kernel(
     total = 0
     for s in tl.static_range(SEGMENTS):
         total += tl.load(seg_ptr + (lane * SEGMENTS + s) * 2 + 1)
-    chunk = tl.cdiv(tl.cdiv(total, num_splits), BLOCK) * BLOCK
-    first = split * chunk
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(total - WINDOW, 0)
+    chunk = tl.cdiv(tl.cdiv(total - low, num_splits), BLOCK) * BLOCK
+    first = low + split * chunk
     stop = tl.minimum(first + chunk, total)
     row = tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_D)
@@ -113,16 +161,10 @@ def _decode_kernel(
         kv_mask = valid[:, None] & (channel[None, :] < DIM)
         offset = address[:, None] * DIM + channel[None, :]
         keys = tl.load(base_k + offset, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * (scale * 1.4426950408889634)
+        scores = block_scores(q, keys, scale, SOFTCAP)
         scores = tl.where(valid[None, :], scores, float("-inf"))
-        peak = tl.maximum(best, tl.max(scores, 1))
-        weight = tl.exp2(scores - peak[:, None])
-        fade = tl.exp2(best - peak)
-        norm = norm * fade + tl.sum(weight, 1)
         values = tl.load(base_v + offset, mask=kv_mask, other=0.0)
-        weight = weight.to(values.dtype)
-        acc = acc * fade[:, None] + tl.dot(weight, values, input_precision="ieee")
-        best = peak
+        best, norm, acc = fold_block(best, norm, acc, scores, values)
     # NOTE: rows past GROUP are padding; an empty chunk leaves norm 0 and best -inf.
     out_row = (lane * HQ + kv_head * GROUP + row) * num_splits + split
     safe = tl.where(norm > 0, norm, 1.0)
@@ -154,7 +196,15 @@ def _join_kernel(
     tl.store(out_ptr + row * DIM + channel, out.to(out_ptr.dtype.element_ty), mask=channel < DIM)
 
 
-def _decode_triton(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+def _decode_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: DecodePlan,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     lanes, num_heads, dim = q.shape
     num_kv_heads, splits = k.shape[0], plan.num_splits
     out = torch.empty_like(q)
@@ -168,7 +218,8 @@ def _decode_triton(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: flo
         q.contiguous(), k, v, plan.segments, part, stat, k.stride(0), scale, splits,
         HQ=num_heads, HK=num_kv_heads, DIM=dim, SEGMENTS=plan.segments.shape[1],
         ROWS=max(16, next_power_of_2(num_heads // num_kv_heads)), BLOCK_D=block_d,
-        BLOCK=BLOCK_KV, num_warps=4, num_stages=3,
+        BLOCK=BLOCK_KV, WINDOW=window or 0, SOFTCAP=softcap or 0.0,
+        num_warps=4, num_stages=3 if block_d <= 128 else 2,
     )  # fmt: skip
     if not single:
         _join_kernel[(lanes * num_heads,)](

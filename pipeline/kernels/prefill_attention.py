@@ -1,8 +1,10 @@
 """Attention of packed runs of new tokens over keys and values in up to S segments of the cache.
 
 A run sees all of its earlier segments (job prefix, group) and, causally, its last one, which its
-own tokens end. Nothing is padded: a program takes one block of queries of one run. Source: Dao,
-"FlashAttention-2" (2023), algorithm 1. Knows no sequence and no schedule.
+own tokens end. Tokens of one span (an image of Gemma) see each other; a sliding window cuts what
+lies too far back, and blocks wholly outside it are not read. Nothing is padded: a program takes one
+block of queries of one run. Source: Dao, "FlashAttention-2" (2023), algorithm 1. Knows no sequence
+and no schedule.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
+from pipeline.kernels.decode_attention import capped_attention
+from pipeline.kernels.flash_parts import block_scores, fold_block
 
 BLOCK_Q = 128
 BLOCK_KV = 64
@@ -22,26 +26,57 @@ BLOCK_KV = 64
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Queries `[q_start, q_start + q_length)` and the (start, length) of their key segments."""
+    """Queries `[q_start, q_start + q_length)` and the (start, length) of their key segments.
+
+    `spans` are (start, length) ranges of the run's queries that see each other.
+    """
 
     q_start: int
     q_length: int
     segments: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int], ...] = ()
+
+    def ahead(self) -> Tensor:
+        """How many later keys each query sees, int32 [q_length]."""
+        ahead = torch.zeros(self.q_length, dtype=torch.int32)
+        for start, length in self.spans:
+            ahead[start : start + length] = torch.arange(length - 1, -1, -1, dtype=torch.int32)
+        return ahead
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """Runs of one shape, for the reference: query index [B, Tq], key index [B, Tk]."""
+
+    queries: Tensor
+    keys: Tensor
+    ahead: Tensor | None  # [Tq], as of a `Run`
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Which keys each query sees; None: all of them."""
+        length, total = self.queries.shape[1], self.keys.shape[1]
+        if length == 1 and window is None:
+            return None
+        key = torch.arange(total, device=self.queries.device)
+        at = key[total - length :, None]
+        seen = key <= (at if self.ahead is None else at + self.ahead[:, None])
+        return seen if window is None else seen & (key > at - window)
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
     """The runs of one batch; on a GPU also their blocks.
 
-    `blocks` [B, 2] int32: run, first query. `table` [R, 2 + 2 S] int32: q_start, q_length and
-    the segments.
+    `blocks` [B, 2] int32: run, first query. `table` [R, 3 + 2 S] int32: q_start, q_length, the
+    number of keys before the run's own and the segments. `ahead` [T] int32 where a run has spans: how many later keys a query sees.
     """
 
     runs: tuple[Run, ...]
-    rectangles: tuple[tuple[tuple[int, ...], Tensor, Tensor], ...] = ()
+    rectangles: tuple[Rectangle, ...] = ()
     blocks: Tensor | None = None
     table: Tensor | None = None
     num_segments: int = 0
+    ahead: Tensor | None = None
 
 
 def plan_prefill(runs: Sequence[Run], device: torch.device, triton_path: bool) -> PrefillPlan:
@@ -53,70 +88,97 @@ def plan_prefill(runs: Sequence[Run], device: torch.device, triton_path: bool) -
     for number, run in enumerate(runs):
         # NOTE: missing leading segments are empty, so that the causal one is always the last.
         segments = ((0, 0),) * (width - len(run.segments)) + run.segments
-        table.append([run.q_start, run.q_length, *(x for s in segments for x in s)])
+        before = sum(length for _, length in segments) - run.q_length
+        table.append([run.q_start, run.q_length, before, *(x for s in segments for x in s)])
         # long blocks first: the tail of the grid is then short work
         blocks += [[number, q] for q in range(0, run.q_length, BLOCK_Q)]
     blocks.sort(key=lambda b: -b[1])
     pinned = device.type == "cuda"
-    as_tensor = [torch.tensor(x, dtype=torch.int32, pin_memory=pinned) for x in (blocks, table)]
-    on_device = [t.to(device, non_blocking=True) for t in as_tensor]
-    return PrefillPlan(tuple(runs), (), on_device[0], on_device[1], width)
+    tables = [torch.tensor(x, dtype=torch.int32) for x in (blocks, table)]
+    if any(run.spans for run in runs):
+        ahead = torch.zeros(max(r.q_start + r.q_length for r in runs), dtype=torch.int32)
+        for run in runs:
+            ahead[run.q_start : run.q_start + run.q_length] = run.ahead()
+        tables.append(ahead)
+    on_device = [(t.pin_memory() if pinned else t).to(device, non_blocking=True) for t in tables]
+    return PrefillPlan(tuple(runs), (), on_device[0], on_device[1], width, *on_device[2:])
 
 
-def prefill_attention(q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-    """`q` [T, Hq, D] over `k`, `v` [Hk, N, D] -> [T, Hq, D]."""
+def prefill_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: PrefillPlan,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`q` [T, Hq, D] over `k`, `v` [Hk, N, D] -> [T, Hq, D].
+
+    With a `window` no query sees further back than `window` keys, its own among them; `softcap` c
+    makes scores c·tanh(s / c).
+    """
     if plan.blocks is not None:
-        return _prefill_triton(q, k, v, plan, scale)
-    return prefill_attention_reference(q, k, v, plan, scale)
+        return _prefill_triton(q, k, v, plan, scale, window, softcap)
+    return prefill_attention_reference(q, k, v, plan, scale, window, softcap)
 
 
-def _rectangles(
-    runs: Sequence[Run], device: torch.device
-) -> list[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """Runs of one shape as (lengths, query index [B, Tq], key index [B, Tk])."""
-    shapes: dict[tuple[int, ...], list[Run]] = {}
+def _rectangles(runs: Sequence[Run], device: torch.device) -> list[Rectangle]:
+    shapes: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
-        shapes.setdefault((run.q_length, *(s[1] for s in run.segments)), []).append(run)
+        shape = (run.q_length, sum(s[1] for s in run.segments), run.spans)
+        shapes.setdefault(shape, []).append(run)
     found = []
-    for shape, members in shapes.items():
+    for members in shapes.values():
         queries = [torch.arange(r.q_start, r.q_start + r.q_length) for r in members]
         keys = [torch.cat([torch.arange(s, s + n) for s, n in r.segments]) for r in members]
-        found.append((shape, torch.stack(queries).to(device), torch.stack(keys).to(device)))
+        ahead = members[0].ahead().to(device) if members[0].spans else None
+        index = torch.stack(queries).to(device), torch.stack(keys).to(device)
+        found.append(Rectangle(*index, ahead))
     return found
 
 
 def prefill_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: PrefillPlan,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     out = torch.empty_like(q)
-    for shape, queries, keys in plan.rectangles:
-        length, total = shape[0], sum(shape[1:])
-        rows = q[queries].transpose(1, 2)  # [B, Hq, Tq, D]
-        mask = None
-        if length > 1:
-            mask = torch.ones(length, total, dtype=torch.bool, device=q.device)
-            mask = mask.tril(total - length)
-        dense = functional.scaled_dot_product_attention(
-            rows, k[:, keys].transpose(0, 1), v[:, keys].transpose(0, 1), mask, scale=scale,
-            enable_gqa=q.shape[1] != k.shape[0],
-        )  # fmt: skip
-        out[queries] = dense.transpose(1, 2)
+    for rectangle in plan.rectangles:
+        rows = q[rectangle.queries].transpose(1, 2)  # [B, Hq, Tq, D]
+        keys, values = (x[:, rectangle.keys].transpose(0, 1) for x in (k, v))
+        mask = rectangle.mask(window)
+        if softcap is None:
+            dense = functional.scaled_dot_product_attention(
+                rows, keys, values, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[0]
+            )
+        else:
+            group = q.shape[1] // k.shape[0]
+            keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+            dense = capped_attention(rows, keys, values, mask, scale, softcap)
+        out[rectangle.queries] = dense.transpose(1, 2)
     return out
 
 
 @triton.jit
 def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, table_ptr, head_stride, q_stride, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, table_ptr, ahead_ptr, head_stride, q_stride, scale,
     HQ: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     block = tl.program_id(1)
     run = tl.load(blocks_ptr + block * 2)
     first = tl.load(blocks_ptr + block * 2 + 1)
-    entry = table_ptr + run * (2 + 2 * SEGMENTS)
+    entry = table_ptr + run * (3 + 2 * SEGMENTS)
     q_start = tl.load(entry)
     q_length = tl.load(entry + 1)
+    position = tl.load(entry + 2)
     row = first + tl.arange(0, BLOCK_M)
     channel = tl.arange(0, BLOCK_D)
     inside = channel[None, :] < DIM
@@ -128,49 +190,62 @@ def _prefill_kernel(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    factor = scale * 1.4426950408889634
+    last = row  # the latest of the run's keys that a row sees
+    if SPANS:
+        last += tl.load(ahead_ptr + q_start + row, mask=row < q_length, other=0)
+    before = 0  # keys in earlier segments
     for s in tl.static_range(SEGMENTS):
-        start = tl.load(entry + 2 + 2 * s).to(tl.int64)
-        length = tl.load(entry + 3 + 2 * s)
+        start = tl.load(entry + 3 + 2 * s).to(tl.int64)
+        length = tl.load(entry + 4 + 2 * s)
         stop = length
         shift = length - q_length  # of the last segment: keys before the run's own
         if s == SEGMENTS - 1:
-            stop = tl.minimum(length, first + shift + BLOCK_M)
-        for begin in range(0, stop, BLOCK_N):
+            stop = first + BLOCK_M + shift
+            if SPANS:
+                stop = tl.max(last, 0) + 1 + shift
+            stop = tl.minimum(length, stop)
+        low = tl.maximum(position + first - WINDOW + 1 - before, 0) if WINDOW > 0 else 0
+        for begin in range(low, stop, BLOCK_N):
             key = begin + tl.arange(0, BLOCK_N)
             valid = key < stop
             offset = (start + key)[:, None] * DIM + channel[None, :]
             kv_mask = valid[:, None] & inside
             keys = tl.load(base_k + offset, mask=kv_mask, other=0.0)
-            scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
+            scores = block_scores(q, keys, scale, SOFTCAP)
             seen = valid[None, :]
             if s == SEGMENTS - 1:
-                seen = seen & (key[None, :] <= row[:, None] + shift)
+                seen = seen & (key[None, :] <= last[:, None] + shift)
+            if WINDOW > 0:
+                seen = seen & (before + key[None, :] > position + row[:, None] - WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
-            peak = tl.maximum(best, tl.max(scores, 1))
-            safe = tl.where(peak > float("-inf"), peak, 0.0)
-            weight = tl.exp2(scores - safe[:, None])
-            fade = tl.exp2(best - safe)
-            norm = norm * fade + tl.sum(weight, 1)
             values = tl.load(base_v + offset, mask=kv_mask, other=0.0)
-            weight = weight.to(values.dtype)
-            acc = acc * fade[:, None] + tl.dot(weight, values, input_precision="ieee")
-            best = peak
+            best, norm, acc = fold_block(best, norm, acc, scores, values)
+        before += length
     out = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     out_offset = (q_start + row[:, None]).to(tl.int64) * HQ * DIM + head * DIM + channel[None, :]
     tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
-def _prefill_triton(q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
+def _prefill_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: PrefillPlan,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     assert plan.blocks is not None
     assert plan.table is not None
     num_heads, dim = q.shape[1:]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    block_d = max(16, next_power_of_2(dim))
     _prefill_kernel[(num_heads, len(plan.blocks))](
-        q, k, v, out, plan.blocks, plan.table, k.stride(0), q.stride(0), scale,
+        q, k, v, out, plan.blocks, plan.table, plan.ahead, k.stride(0), q.stride(0), scale,
         HQ=num_heads, GROUP=num_heads // k.shape[0], DIM=dim, SEGMENTS=plan.num_segments,
-        BLOCK_D=max(16, next_power_of_2(dim)), BLOCK_M=BLOCK_Q, BLOCK_N=BLOCK_KV,
-        num_warps=8, num_stages=3,
+        BLOCK_D=block_d, BLOCK_M=BLOCK_Q, BLOCK_N=BLOCK_KV, WINDOW=window or 0,
+        SOFTCAP=softcap or 0.0, SPANS=plan.ahead is not None,
+        num_warps=8, num_stages=3 if block_d <= 128 else 2,
     )  # fmt: skip
     return out
 

@@ -7,8 +7,10 @@ for tests and for reading. Knows no family, no batch and no schedule.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,11 +66,24 @@ class Model(ABC):
         return x.index_copy_(0, where, features.to(x.dtype))
 
 
-class DenseAttend:
-    """Causal attention of one sequence in plain torch; consecutive calls continue the sequence."""
+def image_spans(model: Model, tokens: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Runs (start, length) of image tokens that see each other; none where attention is causal."""
+    if not model.decoder.config.image_spans:
+        return ()
+    inside = np.concatenate([[False], tokens == model.family.image_token_id, [False]])
+    edges = np.flatnonzero(inside[1:] != inside[:-1]).reshape(-1, 2).tolist()
+    return tuple((start, stop - start) for start, stop in edges)
 
-    def __init__(self, config: DecoderConfig) -> None:
+
+class DenseAttend:
+    """Causal attention of one sequence in plain torch; consecutive calls continue the sequence.
+
+    `spans` are (start, length) ranges of the first call's tokens that see each other.
+    """
+
+    def __init__(self, config: DecoderConfig, spans: Sequence[tuple[int, int]] = ()) -> None:
         self.config = config
+        self.spans = spans
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
@@ -96,7 +111,12 @@ class DenseAttend:
         scores = torch.einsum("qhd,khd->hqk", q, k).float() * self.config.scale
         if self.config.softcap is not None:
             scores = torch.tanh(scores / self.config.softcap) * self.config.softcap
-        past = at[:, None] - torch.arange(len(k), device=q.device)
-        seen = past >= 0 if window is None else (past >= 0) & (past < window)
+        key = torch.arange(len(k), device=q.device)
+        seen = key <= at[:, None]
+        for start, length in self.spans:
+            inside = (key >= start) & (key < start + length)
+            seen |= inside & ((at >= start) & (at < start + length))[:, None]
+        if window is not None:
+            seen &= key > at[:, None] - window
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(q.dtype)
         return torch.einsum("hqk,khd->qhd", weights, v)

@@ -44,6 +44,7 @@ class DecoderConfig:
     post_norms: bool = False  # norms after attention and MLP too (Gemma)
     act: str = "silu"
     softcap: float | None = None  # of attention scores
+    image_spans: bool = False  # tokens of one image see each other (Gemma 3)
     logit_softcap: float | None = None
     embed_scale: float | None = None
     tied: bool = False

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.models.base import DenseAttend, Model
+from pipeline.models.base import DenseAttend, Model, image_spans
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.family import Family
 from pipeline.models.loading import load_model
@@ -100,14 +100,15 @@ def our_logits(model: Model, prompt: Prompt) -> torch.Tensor:
     """Return logits [T, V] of every position."""
     x, positions, _ = model_input(model, prompt)
     decoder = model.decoder
-    return decoder.logits(decoder(x, positions, DenseAttend(decoder.config)))
+    attend = DenseAttend(decoder.config, image_spans(model, prompt.tokens))
+    return decoder.logits(decoder(x, positions, attend))
 
 
 def our_tokens(model: Model, prompt: Prompt, count: int) -> list[int]:
     """Return `count` greedy tokens, decoded one by one through the cache."""
     decoder = model.decoder
     x, positions, following = model_input(model, prompt)
-    attend = DenseAttend(decoder.config)
+    attend = DenseAttend(decoder.config, image_spans(model, prompt.tokens))
     last = torch.tensor([len(x) - 1])
     hidden = decoder(x, positions, attend, last)
     out: list[int] = []

@@ -1,0 +1,31 @@
+"""Two steps that both attention kernels over the cache share: scores of a block, and the running
+softmax. Knows no segment and no mask.
+"""
+
+from __future__ import annotations
+
+from pipeline.kernels.backend import tl, triton
+
+
+@triton.jit
+def block_scores(q, keys, scale, SOFTCAP: tl.constexpr):
+    """Scores of `q` [M, D] with `keys` [N, D], in powers of two; capped where SOFTCAP > 0."""
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
+    if SOFTCAP > 0:
+        scores = 1 - 2 / (tl.exp(scores * (2 * scale / SOFTCAP)) + 1)  # tanh
+        scores *= SOFTCAP * 1.4426950408889634
+    else:
+        scores *= scale * 1.4426950408889634
+    return scores
+
+
+@triton.jit
+def fold_block(best, norm, acc, scores, values):
+    """Take one block into the running maximum, sum and weighted values of each row."""
+    peak = tl.maximum(best, tl.max(scores, 1))
+    safe = tl.where(peak > float("-inf"), peak, 0.0)  # a row may have seen no key yet
+    weight = tl.exp2(scores - safe[:, None])
+    fade = tl.exp2(best - safe)
+    norm = norm * fade + tl.sum(weight, 1)
+    acc = acc * fade[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+    return peak, norm, acc
