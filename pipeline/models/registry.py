@@ -44,6 +44,13 @@ FAMILIES = (
         templates=("qwen2-vl",),
         weights_gb=16.6,
     ),
+    Entry(
+        name="janus",
+        spec="pipeline.models.families.janus.spec",
+        example="deepseek-ai/Janus-Pro-7B",
+        templates=("janus-pro",),
+        weights_gb=14.8,
+    ),
     _GENERIC,  # last: it takes what no family of ours does
 )
 

@@ -80,16 +80,16 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
-@lru_cache(1)
-def special_ids() -> dict[str, int]:
+@lru_cache(16)
+def special_ids(special: tuple[str, ...] = SPECIAL) -> dict[str, int]:
     """Ids of the control tokens: they follow the ordinary ones."""
     first = len(_vocabulary()[0])
-    return {token: first + i for i, token in enumerate(SPECIAL)}
+    return {token: first + i for i, token in enumerate(special)}
 
 
-@lru_cache(1)
-def tokenizer_json() -> str:
-    """The text of tokenizer.json."""
+@lru_cache(16)
+def tokenizer_json(special: tuple[str, ...] = SPECIAL) -> str:
+    """The text of tokenizer.json, with these control tokens."""
     vocabulary, merges = _vocabulary()
     added = [
         {
@@ -101,7 +101,7 @@ def tokenizer_json() -> str:
             "normalized": False,
             "special": True,
         }
-        for token, i in special_ids().items()
+        for token, i in special_ids(special).items()
     ]
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}

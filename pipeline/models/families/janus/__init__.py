@@ -1,0 +1,1 @@
+"""The Janus-Pro family."""
