@@ -1,6 +1,7 @@
-"""Text to token ids and back, by the checkpoint's tokenizer.json.
+"""Text to token ids and back, by the checkpoint's tokenizer.json or what stands for it.
 
-Text of a row is encoded without special tokens: `<|im_end|>` in it becomes ordinary tokens.
+Text of a row is encoded without special tokens: `<|im_end|>` in it becomes ordinary tokens. Where a
+tokenizer sets a blank before each text (SentencePiece), text may be `continued`: without it.
 Knows no template and no family. Imports neither torch nor transformers.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -31,12 +32,13 @@ class Tokenizer:
     """Encodes template and row text; decodes answers."""
 
     def __init__(self, checkpoint: Checkpoint, control: Collection[str] = ()) -> None:
-        path = checkpoint.tokenizer_file
+        text = checkpoint.tokenizer_json
         try:
-            self._spec = json.loads(path.read_bytes())
-            self._full = tokenizers.Tokenizer.from_file(str(path))
+            self._spec = json.loads(text)
+            self._full = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+            where = f"the tokenizer of {checkpoint.folder}"
+            raise UserError(f"{where} cannot be read: {error}") from error
         self._full.no_truncation()
         self._full.no_padding()
         self._cached = lru_cache(_CACHED_TEXTS)(self._encode)
@@ -51,6 +53,10 @@ class Tokenizer:
         ]
         self._text = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._text.encode_special_tokens = True
+        self._continued = self._text
+        if (without := _without_prefix(spec)) is not None:
+            self._continued = tokenizers.Tokenizer.from_str(json.dumps(without))
+            self._continued.encode_special_tokens = True
         self._cached.cache_clear()
 
     @property
@@ -62,11 +68,11 @@ class Tokenizer:
         """Token ids of `text`; with `special`, control tokens in it count as such."""
         return self.ids(text, special).tolist()
 
-    def ids(self, text: str, special: bool = False) -> np.ndarray:
+    def ids(self, text: str, special: bool = False, continued: bool = False) -> np.ndarray:
         """As `encode`, int32 and read-only; texts of template and prompts come from a cache."""
         if len(text) > _CACHED_CHARS:
-            return self._encode(str(text), special)
-        return self._cached(str(text), special)
+            return self._encode(str(text), special, continued)
+        return self._cached(str(text), special, continued)
 
     def id(self, token: str) -> int:
         """The id of one token. Raises UserError for one that the tokenizer lacks."""
@@ -83,8 +89,22 @@ class Tokenizer:
         """The text of `ids`, without special tokens."""
         return self._full.decode(list(ids), skip_special_tokens=skip_special)
 
-    def _encode(self, text: str, special: bool) -> np.ndarray:
-        tokenizer: Any = self._full if special else self._text
+    def _encode(self, text: str, special: bool, continued: bool = False) -> np.ndarray:
+        ordinary = self._continued if continued else self._text
+        tokenizer: Any = self._full if special else ordinary
         ids = np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
         ids.setflags(write=False)
         return ids
+
+
+def _without_prefix(spec: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`spec` without the blank that it sets before a text, or None where it sets none."""
+    cut = spec.get("pre_tokenizer") or {}
+    normalizer = spec.get("normalizer") or {}
+    steps = normalizer.get("normalizers") or [normalizer]
+    kept = [step for step in steps if step.get("type") != "Prepend"]
+    if len(kept) < len(steps):
+        return {**spec, "normalizer": {"type": "Sequence", "normalizers": kept}}
+    if cut.get("type") == "Metaspace" and cut.get("prepend_scheme", "always") != "never":
+        return {**spec, "pre_tokenizer": {**cut, "prepend_scheme": "never"}}
+    return None

@@ -66,6 +66,6 @@ def build_engine(
         vocab = model.decoder.config.vocab_size
         outcomes = Outcomes(
             tokenizer,
-            lambda: Grammars(checkpoint.tokenizer_file, vocab, family.eos_token_ids),
+            lambda: Grammars(checkpoint.tokenizer_json, vocab, family.eos_token_ids),
         )
         return Engine(model, settings.engine, sizes, outcomes)

@@ -7,7 +7,6 @@ Knows no lane and no model.
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,14 +50,14 @@ class Grammars:
     """Compiles schemas for one tokenizer; a schema is compiled once and copied for each row."""
 
     def __init__(
-        self, tokenizer_file: Path, vocab_size: int, eos_token_ids: tuple[int, ...]
+        self, tokenizer_json: str, vocab_size: int, eos_token_ids: tuple[int, ...]
     ) -> None:
         import llguidance
 
         self._lib = llguidance
         self._num_words = -(-vocab_size // 32)
         self._tokenizer = llguidance.LLTokenizer(
-            tokenizer_file.read_text("utf-8"), n_vocab=vocab_size, eos_token=list(eos_token_ids)
+            tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids)
         )
         self._compiled = lru_cache(maxsize=64)(self._compile)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.settings import ModelSettings
+from pipeline.vocabularies import tokenizer_text
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -73,22 +74,20 @@ class Checkpoint:
         nested = (self.json("processor_config.json") or {}).get("image_processor")
         return self.json("preprocessor_config.json") or nested or {}
 
-    @property
-    def tokenizer_file(self) -> Path:
-        path = self.folder / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"model.id {self.id!r}: {self.folder} has no tokenizer.json")
-        return path
+    @cached_property
+    def tokenizer_json(self) -> str:
+        """The text of tokenizer.json, made from another format where the folder has none."""
+        return tokenizer_text(self.folder)
 
     def token_id(self, token: str) -> int | None:
-        """The id of an added token of tokenizer.json, or None."""
+        """The id of an added token, or None."""
         return self._added_tokens.get(token)
 
     @cached_property
     def _added_tokens(self) -> dict[str, int]:
         try:
-            added = (_read_json(self.tokenizer_file) or {}).get("added_tokens", ())
-        except UserError:
+            added = json.loads(self.tokenizer_json).get("added_tokens", ())
+        except (UserError, ValueError):
             return {}
         return {entry["content"]: entry["id"] for entry in added}
 

@@ -57,7 +57,7 @@ class GenericEngine:
         self.tokenizer = Tokenizer(checkpoint)
         self.stats = EngineStats()
         self.draining = False
-        self._file = checkpoint.tokenizer_file
+        self._tokenizer_json = checkpoint.tokenizer_json
         self._grammars: Grammars | None = None
 
     def run(self, feed: Feed) -> Iterator[Completion]:
@@ -181,7 +181,7 @@ class GenericEngine:
             if self._grammars is None:
                 vocabulary = self.model.get_output_embeddings().weight.shape[0]
                 stops = self.family.eos_token_ids
-                self._grammars = Grammars(self._file, vocabulary, stops)
+                self._grammars = Grammars(self._tokenizer_json, vocabulary, stops)
             matcher = self._grammars.matcher(request.schema)
         return BatchRow(request, matcher)
 

@@ -28,7 +28,7 @@ def test_a_folder(tmp_path: Path) -> None:
     assert checkpoint.preprocessor_config["patch_size"] == 14
     assert checkpoint.revision is None
     assert checkpoint.json("no_such.json") is None
-    assert checkpoint.tokenizer_file.is_file()
+    assert json.loads(checkpoint.tokenizer_json)
     assert checkpoint.token_id("<|im_end|>") is not None
     assert checkpoint.token_id("<|none|>") is None
     assert [path.suffix for path in checkpoint.weight_files()] == [".safetensors"]
@@ -75,7 +75,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         open_folder(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json"):
-        open_folder(tmp_path).tokenizer_file  # noqa: B018
+        open_folder(tmp_path).tokenizer_json  # noqa: B018
     for wrong in ("/no/such/folder", "Qwen2.5-VL", "a/b/c", "./here"):
         with pytest.raises(UserError, match="folder"):
             Checkpoint.open(ModelSettings(id=wrong))
