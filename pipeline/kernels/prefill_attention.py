@@ -68,7 +68,8 @@ class PrefillPlan:
     """The runs of one batch; on a GPU also their blocks.
 
     `blocks` [B, 2] int32: run, first query. `table` [R, 3 + 2 S] int32: q_start, q_length, the
-    number of keys before the run's own and the segments. `ahead` [T] int32 where a run has spans: how many later keys a query sees.
+    number of keys before the run's own and the segments. `ahead` [T] int32 where a run has spans:
+    how many later keys a query sees.
     """
 
     runs: tuple[Run, ...]

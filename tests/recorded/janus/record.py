@@ -2,9 +2,9 @@
 
     PYTHONPATH=REPOSITORY:JANUS python tests/recorded/janus/record.py FOLDER
 
-JANUS is a checkout of github.com/deepseek-ai/Janus; transformers 4.38.2, timm, einops and torchvision
-must be installed. Writes janus.json (prompts to ids) and janus.safetensors (pixels, logits,
-greedy tokens). `attrdict` no longer works on today's Python, so a few lines stand for it.
+JANUS is a checkout of github.com/deepseek-ai/Janus; transformers 4.38.2, timm, einops and
+torchvision must be installed. Writes janus.json (prompts to ids) and janus.safetensors (pixels,
+logits, greedy tokens). `attrdict` no longer works on today's Python, so a few lines stand for it.
 """
 
 from __future__ import annotations

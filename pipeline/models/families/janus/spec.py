@@ -1,7 +1,8 @@
 """Janus-Pro, reading images only: detection, image layout, prompt.
 
-Two layouts: the original (`multi_modality`, image generation beside it) and transformers' (`janus`).
-Every image is one square picture. The weights' side stands in `model.py`. Imports no torch.
+Two layouts: the original (`multi_modality`, image generation beside it) and transformers'
+(`janus`). Every image is one square picture. The weights' side stands in `model.py`.
+Imports no torch.
 """
 
 from __future__ import annotations
