@@ -55,8 +55,8 @@ def _with_added(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         known.setdefault(index, added_token(index, token))
     decoder = _json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
     for index, entry in decoder.items():
-        token = added_token(int(index), entry["content"], bool(entry.get("special", True)))
-        known[int(index)] = token | {k: entry[k] for k in ("lstrip", "rstrip") if k in entry}
+        made = added_token(int(index), entry["content"], bool(entry.get("special", True)))
+        known[int(index)] = made | {k: entry[k] for k in ("lstrip", "rstrip") if k in entry}
     return spec | {"added_tokens": [known[index] for index in sorted(known)]}
 
 
