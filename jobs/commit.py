@@ -15,13 +15,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from jobs.faults import fault
-from jobs.part import PartDamaged, PartInfo, read_info, write_part
+from jobs.part import PartDamaged, PartInfo, footer_size, read_info, write_part
 from jobs.paths import RunPaths, part_shard
 from jobs.plan import Plan, Shard
 from jobs.storage import StorageError
 from jobs.table import count_states
 
 log = logging.getLogger(__name__)
+FOOTER_BYTES = 64 << 10  # read at once in the hope that a part's footer is in it
 
 
 def commit_shard(
@@ -121,7 +122,12 @@ def finish_redos(paths: RunPaths) -> None:
 def part_info(paths: RunPaths, shard: str) -> PartInfo:
     """A committed part's record. Raises: FileNotFoundError, PartDamaged."""
     local = paths.local(paths.part(shard))
-    return read_info(local if local is not None else paths.storage.read(paths.part(shard)))
+    if local is not None:
+        return read_info(local)
+    tail = paths.storage.tail(paths.part(shard), FOOTER_BYTES)
+    if (size := footer_size(tail)) > len(tail):
+        tail = paths.storage.tail(paths.part(shard), size)
+    return read_info(tail)
 
 
 def clean_private(paths: RunPaths, shard: str) -> None:

@@ -81,6 +81,12 @@ def read_info(source: Any) -> PartInfo:
     return info
 
 
+def footer_size(tail: bytes) -> int:
+    """How many of a part's last bytes its footer takes; 0 where that cannot be told."""
+    is_parquet = len(tail) >= _TAIL and tail.endswith(b"PAR1")
+    return int.from_bytes(tail[-_TAIL:-4], "little") + _TAIL if is_parquet else 0
+
+
 def check_part(data: bytes | Path) -> PartInfo:
     """Prove that a part is byte for byte what was committed.
 

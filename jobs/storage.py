@@ -68,6 +68,9 @@ class Storage(Protocol):
     def read(self, name: str) -> bytes:
         """Raises: FileNotFoundError."""
 
+    def tail(self, name: str, num_bytes: int) -> bytes:
+        """The file's last bytes, all of a shorter one. Raises: FileNotFoundError."""
+
     def exists(self, name: str) -> bool: ...
 
     def token(self, name: str) -> str | None:

@@ -46,6 +46,16 @@ class LocalStorage:
 
         return self._guard(f"reading {name}", operation)
 
+    def tail(self, name: str, num_bytes: int) -> bytes:
+        def operation() -> bytes:
+            fault("storage.read")
+            with open(self.url(name), "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - num_bytes, 0))
+                return file.read()
+
+        return self._guard(f"reading {name}", operation)
+
     def exists(self, name: str) -> bool:
         return self.token(name) is not None
 

@@ -1,12 +1,14 @@
-"""An S3 server on loopback (moto) that can be told to fail: refuse, lose a reply, cut a body.
+"""An S3 server on loopback (moto) that can be told to fail: refuse, lose a reply, cut or stall one.
 
 Runs in a thread of the test process; `faults` are used up one by one, in order.
 """
 
 from __future__ import annotations
 
-import itertools
+import json
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +16,14 @@ from typing import Any
 
 ERROR = """<?xml version="1.0" encoding="UTF-8"?>
 <Error><Code>{code}</Code><Message>injected</Message></Error>"""
+STALL_SEC = 2.0
 STATUS = {
     "SlowDown": "503 Slow Down",
     "InternalError": "500 Internal Server Error",
     "ServiceUnavailable": "503 Service Unavailable",
     "TooManyRequests": "429 Too Many Requests",
     "ConditionalRequestConflict": "409 Conflict",
+    "PreconditionFailed": "412 Precondition Failed",
     "AccessDenied": "403 Forbidden",
 }
 
@@ -30,7 +34,7 @@ class Fault:
 
     method: str
     path: str
-    kind: str  # an error code of STATUS | lost | cut
+    kind: str  # an error code of STATUS | lost | cut | stalled
     code: str = "SlowDown"
 
 
@@ -55,6 +59,7 @@ def s3_server(bucket: str = "bucket") -> Iterator[S3]:
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request otherwise
     app = DomainDispatcherApplication(create_backend_app)
     server = make_server("127.0.0.1", 0, lambda env, start: middleware(env, start), threaded=True)
     s3 = S3(f"http://127.0.0.1:{server.server_port}")
@@ -81,6 +86,7 @@ def environment(s3: S3) -> dict[str, str]:
         "AWS_ENDPOINT_URL": s3.endpoint,
         "AWS_MAX_ATTEMPTS": "1",  # botocore's own retries only slow the tests down
         "AWS_EC2_METADATA_DISABLED": "true",
+        "FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": STALL_SEC / 2}}),
     }
 
 
@@ -106,9 +112,18 @@ def _middleware(app: Any, s3: S3) -> Callable[[dict[str, Any], Any], Iterable[by
         if fault.kind == "lost":  # done, but the client hears of a failure
             return _error(start, fault.code)
         start(*captured)
-        return itertools.chain([body[: len(body) // 2]])  # Content-Length says more
+        half = len(body) // 2
+        if fault.kind == "stalled":
+            return _stalled(body[:half], body[half:])
+        return [body[:half]]  # Content-Length says more
 
     return call
+
+
+def _stalled(first: bytes, rest: bytes) -> Iterator[bytes]:
+    yield first
+    time.sleep(STALL_SEC)
+    yield rest
 
 
 def _take(s3: S3, method: str, request: str) -> Fault | None:
