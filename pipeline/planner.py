@@ -80,9 +80,8 @@ class Planner:
             prefix = self._choose_prefix(cluster) if self._share_prefix else None
             self._send(prefix, plan)
             length = len(prefix.tokens) if prefix else 0
-            groups = self._groups(cluster, length)
-            groups.sort(key=lambda group: -group.num_prefill_tokens)
-            self._append(groups, plan)
+            for groups in _by_answer_length(self._groups(cluster, length)):
+                self._append(groups, plan)
         return plan
 
     # 1. prefixes
@@ -172,6 +171,20 @@ class Planner:
             stats.rectangle_tokens += (stop - start) * groups[start].num_prefill_tokens
         for group in groups:
             _count(group, stats)
+
+
+def _by_answer_length(groups: Iterable[Group]) -> Iterator[list[Group]]:
+    """Groups whose answers may be longest first, so that a run does not end on a few long ones.
+
+    Answers whose bounds lie within a factor of two count as equal; equal ones go by prefill length,
+    longest first. Source: Graham, "Bounds on multiprocessing timing anomalies" (1969).
+    """
+    classes: dict[int, list[Group]] = defaultdict(list)
+    for group in groups:
+        longest = max(request.sampling.max_new_tokens for request in group.requests)
+        classes[longest.bit_length()].append(group)
+    for _, members in sorted(classes.items(), reverse=True):
+        yield sorted(members, key=lambda group: -group.num_prefill_tokens)
 
 
 def bucket_ranges(lengths: Sequence[int], max_tokens: int) -> Iterator[tuple[int, int]]:

@@ -1,29 +1,32 @@
-"""One token for every lane: the step that runs most, under a CUDA graph where there is one.
+"""One token for every running lane: the step that runs most, under a CUDA graph where there is one.
 
-A graph is captured for each sampler mode and each of a few lane counts; lanes are filled from the
-lowest, so a thin tail takes a smaller graph. Knows lanes, no requests.
+A graph is captured for each sampler mode and each of a few lane counts. It reads which lanes it
+serves from a small table, so a step costs what its running lanes cost, wherever they stand. Knows
+lanes, no requests.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.engine.kv_cache import KVCache
-from pipeline.engine.sampler import SamplerMode, sample
-from pipeline.engine.slots import Slots
+from pipeline.engine.sampler import GREEDY, SamplerMode, sample
+from pipeline.engine.slots import Slots, to_device
 from pipeline.kernels.decode_attention import (
     DecodePlan,
     choose_splits,
     decode_attention,
     plan_decode,
 )
+from pipeline.kernels.lanes import advance
 from pipeline.kernels.rope import rope_and_cache
 from pipeline.models.base import Model
 
-SMALLEST_GRAPH = 16
+SMALLEST_GRAPH = 16  # lanes
 
 
 class DecodeAttend:
@@ -45,6 +48,15 @@ class DecodeAttend:
         return out.flatten(1)
 
 
+@dataclass(slots=True)
+class Captured:
+    """One graph with what it reads and writes: its lanes int64 [n], tokens and states [2, n]."""
+
+    graph: torch.cuda.CUDAGraph
+    rows: Tensor
+    result: Tensor
+
+
 class Decoder:
     """Runs steps over the lanes of `slots`."""
 
@@ -56,34 +68,31 @@ class Decoder:
         self.slots = slots
         self.graphs = graphs and model.device.type == "cuda"
         self.max_length = max_length
-        self.sizes = self._sizes()
-        self._captured: dict[tuple[int, SamplerMode], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.sizes = graph_sizes(slots.num_slots)
+        self._captured: dict[tuple[int, SamplerMode], Captured] = {}
         self._pool: Any = None
 
-    def _sizes(self) -> list[int]:
-        sizes = [self.slots.num_slots]
-        while sizes[-1] // 2 >= SMALLEST_GRAPH:
-            sizes.append(sizes[-1] // 2)
-        return sizes[::-1]
+    def step(self, lanes: list[int], mode: SamplerMode, longest: int) -> Tensor:
+        """One token for each of `lanes`; returns [2, >= n] of tokens and states, a column a lane.
 
-    def step(self, lanes: list[int], mode: SamplerMode, longest: int) -> tuple[Tensor, list[int]]:
-        """One token for each of `lanes` (ascending); returns [2, n] tokens and states, and the
-        lane of each column. `longest` is the longest length of any lane, this token included.
+        `longest` is the longest length of any lane, this token included.
         """
-        if self.model.device.type != "cuda":
-            rows = torch.tensor(lanes, dtype=torch.int64)
-            return self._run(rows, mode, longest), lanes
-        size = next(s for s in self.sizes if s > lanes[-1])
-        columns = list(range(size))
+        device = self.model.device
+        if device.type != "cuda":
+            return self._run(torch.tensor(lanes, dtype=torch.int64), mode, longest)
+        size = next(s for s in self.sizes if s >= len(lanes))
+        # NOTE: the spare lane is always idle; a step may serve it any number of times.
+        table = torch.tensor(lanes + [self.slots.spare] * (size - len(lanes)), dtype=torch.int64)
         if not self.graphs:
-            return self._run(slice(0, size), mode, longest), columns
+            return self._run(to_device(table, device), mode, longest)
         if (size, mode) not in self._captured:
             self._captured[size, mode] = self._capture(size, mode)
-        graph, out = self._captured[size, mode]
-        graph.replay()
-        return out, columns
+        captured = self._captured[size, mode]
+        captured.rows.copy_(table.pin_memory(), non_blocking=True)
+        captured.graph.replay()
+        return captured.result
 
-    def _run(self, rows: Tensor | slice, mode: SamplerMode, longest: int) -> Tensor:
+    def _run(self, rows: Tensor, mode: SamplerMode, longest: int) -> Tensor:
         slots, model = self.slots, self.model
         segments, places = slots.segments[rows], slots.places[rows]
         plan = plan_decode(segments, longest, self._splits(len(places)))
@@ -91,8 +100,9 @@ class Decoder:
         x = model.embed(slots.tokens[rows])
         positions = slots.positions[rows].expand(model.num_axes, -1)
         hidden = model.decoder(x, positions, attend, None)
-        tokens, valid = sample(model.decoder.logits(hidden), slots, rows, mode)
-        return slots.accept(rows, tokens, valid, first=False)
+        logits = model.decoder.logits(hidden, wide=mode != GREEDY)
+        tokens, valid = sample(logits, slots, rows, mode)
+        return advance(slots, rows, tokens, valid, step=1)
 
     def _splits(self, num_lanes: int) -> int:
         device = self.model.device
@@ -102,23 +112,27 @@ class Decoder:
         config = self.model.decoder.config
         return choose_splits(num_lanes, config.num_kv_heads, self.max_length, sms)
 
-    def _capture(self, size: int, mode: SamplerMode) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Capture a step; the warm-up before it runs on idle copies of the lanes' states."""
-        rows = slice(0, size)
-        kept = {n: getattr(self.slots, n)[rows].clone() for n in self.slots.CHANGING}
+    def _capture(self, size: int, mode: SamplerMode) -> Captured:
+        """Capture a step of `size` lanes; the warm-up runs before it serve the spare lane."""
+        rows = torch.full((size,), self.slots.spare, dtype=torch.int64, device=self.model.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.slots.status[rows] = 0
-            self.slots.places[rows] = 0
             for _ in range(2):
                 self._run(rows, mode, self.max_length)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            out = self._run(rows, mode, self.max_length)
+            result = self._run(rows, mode, self.max_length)
         self._pool = self._pool or graph.pool()
-        for name, value in kept.items():
-            getattr(self.slots, name)[rows] = value
-        return graph, out
+        return Captured(graph, rows, result)
+
+
+def graph_sizes(num_slots: int) -> list[int]:
+    """Lane counts that graphs are captured for: each is at most half as large again as the last."""
+    sizes = [min(SMALLEST_GRAPH, num_slots)]
+    while sizes[-1] < num_slots:
+        low = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(min(low * 3 // 2 if sizes[-1] == low else low * 2, num_slots))
+    return sizes

@@ -29,6 +29,7 @@ from pipeline.engine.stats import EngineStats, StageTimer
 from pipeline.engine.upload import Uploaded, Uploader
 from pipeline.errors import RowError
 from pipeline.feeder import END, Feed
+from pipeline.kernels.lanes import advance
 from pipeline.models.base import Model
 from pipeline.rows import Completion, Group, Prefix
 from pipeline.settings import EngineSettings
@@ -179,7 +180,7 @@ class Engine:
         self._prepare(sequences, mode)
         rows = self.slots.fill([_lane_start(s) for s in sequences])
         tokens, valid = sample(logits, self.slots, rows, mode)
-        result = self.slots.accept(rows, tokens, valid, first=True)
+        result = advance(self.slots, rows, tokens, valid, step=0)
         self.running.update((s.lane, s) for s in sequences)
         self._push(list(enumerate(sequences)), result)
 
@@ -189,7 +190,7 @@ class Engine:
         slots = self.slots
         if mode.penalty:
             if slots.seen is None:
-                shape = (slots.num_slots, vocab)
+                shape = (slots.num_slots + 1, vocab)
                 slots.seen = torch.zeros(shape, dtype=torch.bool, device=device)
             for s in sequences:
                 tokens = torch.from_numpy(s.request.tokens.astype("int64"))
@@ -199,7 +200,7 @@ class Engine:
             lanes = torch.tensor([s.lane for s in sequences], device=device)
             slots.seen[lanes] = False
         if mode.guided and slots.allowed is None:
-            shape = (slots.num_slots, -(-vocab // 32))
+            shape = (slots.num_slots + 1, -(-vocab // 32))
             slots.allowed = torch.full(shape, -1, dtype=torch.int32, device=device)
         if slots.allowed is not None:
             for s in sequences:
@@ -242,20 +243,19 @@ class Engine:
     # 3. step
 
     def _step(self) -> None:
-        lanes = sorted(self.running)
+        lanes = list(self.running)
         longest = max(
             s.request.num_tokens + len(s.output_ids) + 2 + len(self._steps)
             for s in self.running.values()
         )
         try:
             with self.timer.stage("decode"):
-                result, columns = self.decoder.step(lanes, self._mode, longest)
+                result = self.decoder.step(lanes, self._mode, longest)
         except OUT_OF_MEMORY:
             self._shrink()
             return
         self._num_failed_steps = 0
-        places = {lane: column for column, lane in enumerate(columns)}
-        self._push([(places[lane], self.running[lane]) for lane in lanes], result)
+        self._push([(column, self.running[lane]) for column, lane in enumerate(lanes)], result)
         self.stats.num_steps += 1
         self.stats.num_lane_steps += self.slots.num_slots
 

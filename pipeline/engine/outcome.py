@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pipeline.engine.guided import Grammars
 from pipeline.engine.sequence import Sequence
-from pipeline.engine.slots import LENGTH, NUMERICAL, STOPPED
 from pipeline.errors import RowError
+from pipeline.kernels.lanes import LENGTH, NUMERICAL, STOPPED
 from pipeline.rows import Completion
 from pipeline.tokenizer import Tokenizer
 

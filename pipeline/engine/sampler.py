@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.engine.slots import RUNNING, Slots
+from pipeline.engine.slots import Slots
+from pipeline.kernels.lanes import RUNNING
 from pipeline.kernels.sampling import cut, gumbel_noise, penalise
 from pipeline.rows import Request
 
@@ -48,14 +49,18 @@ class SamplerMode:
         )
 
 
-def sample(
-    logits: Tensor, slots: Slots, rows: Tensor | slice, mode: SamplerMode
-) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [n] of the lanes `rows`, and whether their logits [n, V] were numbers."""
-    tokens = logits.argmax(-1)
-    # NOTE: argmax propagates NaN, so the chosen logit tells of any.
-    valid = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])
-    if mode == SamplerMode():
+GREEDY = SamplerMode()
+
+
+def sample(logits: Tensor, slots: Slots, rows: Tensor, mode: SamplerMode) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [n] of the lanes `rows`, and whether their logits [n, V] were numbers.
+
+    Logits are float32; the model's own type does where the mode is `GREEDY`.
+    """
+    # NOTE: max propagates NaN, so the chosen logit tells of any.
+    chosen, tokens = logits.max(-1)
+    valid = torch.isfinite(chosen)
+    if mode == GREEDY:
         return tokens, valid
     if mode.penalty:
         assert slots.seen is not None
@@ -74,9 +79,8 @@ def sample(
         tokens = torch.where(cold, tokens, (warm + noise).argmax(-1))
     if mode.penalty:
         assert slots.seen is not None
-        lanes = slots.numbers[rows]
         running = (slots.status[rows] == RUNNING) & valid
-        slots.seen[lanes, tokens] = slots.seen[lanes, tokens] | running
+        slots.seen[rows, tokens] = slots.seen[rows, tokens] | running
     return tokens, valid
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.kernels.lanes import IDLE, RUNNING, LaneState
 from pipeline.rows import SamplingParams
 
-IDLE, RUNNING, STOPPED, LENGTH, NUMERICAL = range(5)
 MAX_SEGMENTS = 3  # job prefix, group, own
 MAX_STOP_IDS = 16
 
@@ -31,18 +31,16 @@ class LaneStart:
     sampling: SamplingParams
 
 
-class Slots:
-    """State of `num_slots` lanes, one tensor a field."""
-
-    CHANGING = ("tokens", "positions", "places", "segments", "generated", "status")  # by a step
+class Slots(LaneState):
+    """State of `num_slots` lanes, one tensor a field, and of a spare one that is always idle."""
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
+            return torch.zeros(num_slots + 1, *shape, dtype=dtype, device=device)
 
         self.num_slots = num_slots
+        self.spare = num_slots
         self.device = device
-        self.numbers = torch.arange(num_slots, device=device)
         self.tokens = zeros()
         self.positions = zeros()
         self.places = zeros()
@@ -57,8 +55,8 @@ class Slots:
         self.top_p = zeros(dtype=torch.float32) + 1
         self.min_p = zeros(dtype=torch.float32)
         self.penalty = zeros(dtype=torch.float32) + 1
-        self.seen: Tensor | None = None  # bool [S, V], once a repetition penalty is asked for
-        self.allowed: Tensor | None = None  # int32 [S, V/32] bits, once a schema is asked for
+        self.seen: Tensor | None = None  # bool [S + 1, V], once a repetition penalty is asked for
+        self.allowed: Tensor | None = None  # int32 [S + 1, V/32] bits, once a schema is asked for
 
     def fill(self, starts: Sequence[LaneStart]) -> Tensor:
         """Write what the host knows of new lanes; returns their numbers int64 [n] on the device."""
@@ -87,32 +85,6 @@ class Slots:
         self.generated[lanes] = 0
         self.status[lanes] = RUNNING
         return lanes
-
-    def accept(self, rows: Tensor | slice, tokens: Tensor, valid: Tensor, first: bool) -> Tensor:
-        """Take each running lane's new token; returns [2, n] of tokens and states for the host.
-
-        `first`: the token came from the prefill, so the lane's place and position stand already.
-        """
-        status = self.status[rows]
-        running = status == RUNNING
-        generated = self.generated[rows] + running
-        hit = (tokens[:, None] == self.stop_ids[rows]).any(1)
-        judged = torch.where(generated >= self.limit[rows], LENGTH, RUNNING)
-        judged = torch.where(hit, STOPPED, judged)
-        judged = torch.where(valid, judged, NUMERICAL)
-        status = torch.where(running, judged, status)
-        still = status == RUNNING
-        self.generated[rows] = generated
-        self.status[rows] = status
-        self.tokens[rows] = torch.where(still, tokens, 0)
-        step = 0 if first else 1
-        self.positions[rows] = torch.where(still, self.positions[rows] + step, 0)
-        self.places[rows] = torch.where(still, self.places[rows] + step, 0)
-        segments = self.segments[rows] * still[:, None, None].int()
-        if not first:
-            segments[:, -1, 1] += still.int()
-        self.segments[rows] = segments
-        return torch.stack([tokens, status])
 
     def give_back(self, lanes: Sequence[int]) -> None:
         """Idle lanes that the host ended (a stop string, a failed schema)."""

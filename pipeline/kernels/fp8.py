@@ -7,6 +7,8 @@ layer. Source: Micikevicius et al., "FP8 formats for deep learning" (2022).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,17 +19,24 @@ LARGEST = 448.0
 SMALLEST_SCALE = 1e-12
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` [N, K] -> float8 [N, K] and float32 scales [N, 1], whose product is `x` again."""
+class Quantized(NamedTuple):
+    """float8 `values` [N, K] and float32 `scale` [N, 1]; their product is what was quantised."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def quantize_rows(x: Tensor) -> Quantized:
+    """Quantise each row of `x` [N, K]."""
     if use_triton(x):
         return _quantize_rows_triton(x)
     return quantize_rows_reference(x)
 
 
-def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_reference(x: Tensor) -> Quantized:
     wide = x.float()
     scale = (wide.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(SMALLEST_SCALE)
-    return (wide / scale).to(FP8), scale
+    return Quantized((wide / scale).to(FP8), scale)
 
 
 @triton.jit
@@ -44,7 +53,7 @@ def _quantize_rows_kernel(
     tl.store(out_ptr + row * width + column, (x / scale).to(tl.float8e4nv), mask=inside)
 
 
-def _quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_rows_triton(x: Tensor) -> Quantized:
     rows, width = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -56,7 +65,7 @@ def _quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
             x, out, scale, x.stride(0), width, LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
             BLOCK=block, num_warps=8 if block > 4096 else 4,
         )  # fmt: skip
-    return out, scale
+    return Quantized(out, scale)
 
 
 def scaled_product(

@@ -1,4 +1,5 @@
-"""RMS normalisation with the residual addition before it, in one pass over the row.
+"""RMS normalisation with the residual addition before it, in one pass over the row; for products
+in float8 also the quantisation after it.
 
 Rounds as transformers' RMSNorm does: the sum in the input's type, the statistics in float32, the
 normalised value back in the input's type before the weight multiplies it. Source: Zhang and
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
+from pipeline.kernels.fp8 import FP8, LARGEST, SMALLEST_SCALE, Quantized, quantize_rows_reference
 
 
 def rms_norm(
@@ -31,10 +33,21 @@ def rms_norm_reference(
     return normed.to(x.dtype) * weight, total
 
 
+def rms_norm_fp8(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Quantized, Tensor]:
+    """`rms_norm` of `x` [N, H], the normalised rows quantised as `quantize_rows` does."""
+    if use_triton(x):
+        return _rms_norm_fp8_triton(x, weight, eps, residual)
+    normed, total = rms_norm_reference(x, weight, eps, residual)
+    return quantize_rows_reference(normed), total
+
+
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, x_stride, width, eps,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, scale_ptr, x_stride, width, eps,
+    HAS_RESIDUAL: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -48,24 +61,46 @@ def _rms_norm_kernel(
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / width + eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     normed = (wide * scale).to(x_ptr.dtype.element_ty).to(tl.float32)
-    y = normed * weight.to(tl.float32)
-    tl.store(y_ptr + row * width + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = (normed * weight.to(tl.float32)).to(x_ptr.dtype.element_ty)
+    if QUANTIZE:
+        wide = y.to(tl.float32)
+        unit = tl.maximum(tl.max(tl.abs(wide), 0) / LARGEST, SMALLEST)
+        tl.store(scale_ptr + row, unit)
+        tl.store(y_ptr + row * width + column, (wide / unit).to(tl.float8e4nv), mask=inside)
+    else:
+        tl.store(y_ptr + row * width + column, y, mask=inside)
 
 
 def _rms_norm_triton(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, _launch(x, weight, eps, residual, y, None)
+
+
+def _rms_norm_fp8_triton(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Quantized, Tensor]:
+    values = torch.empty(x.shape, dtype=FP8, device=x.device)
+    scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    return Quantized(values, scale), _launch(x, weight, eps, residual, values, scale)
+
+
+def _launch(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, y: Tensor, scale: Tensor | None
+) -> Tensor:
+    """Fill `y`, and `scale` where rows are quantised; return what was normalised."""
     width = x.shape[-1]
     rows = x.reshape(-1, width)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty_like(y) if residual is not None else rows
+    total = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if residual is not None else x
     block = next_power_of_2(width)
     if len(rows):
         _rms_norm_kernel[(len(rows),)](
             rows, residual.contiguous() if residual is not None else rows, weight, y, total,
-            rows.stride(0), width, eps, HAS_RESIDUAL=residual is not None, BLOCK=block,
-            num_warps=4 if block <= 2048 else 8,
+            y if scale is None else scale, rows.stride(0), width, eps,
+            HAS_RESIDUAL=residual is not None, QUANTIZE=scale is not None, BLOCK=block,
+            LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE, num_warps=4 if block <= 2048 else 8,
         )  # fmt: skip
-    return y.view(x.shape), (total.view(x.shape) if residual is not None else x)
+    return total.view(x.shape)

@@ -229,9 +229,11 @@ class Decoder:
             heads.copy_(norm_heads(heads, layer.head_norm, self.config.eps))
         return qkv
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits [n, V]."""
-        logits = self.head(hidden).float()
+    def logits(self, hidden: Tensor, wide: bool = True) -> Tensor:
+        """Return logits [n, V]: float32, or not `wide`, as the head gives them."""
+        logits = self.head(hidden)
+        if wide:
+            logits = logits.float()
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -1,18 +1,22 @@
-"""A decoder's linear maps in eight-bit floating point, quantised when the model is loaded.
+"""A model's linear maps in eight-bit floating point, quantised when the model is loaded.
 
 Weights have one scale an output row, inputs one a token, so a row's result does not depend on its
-neighbours. Embedding, head, norms and the image tower stay as they are.
+neighbours. Norms and gates before such a map quantise in the same pass. Embedding, head, mergers and
+projectors stay as they are.
 """
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.kernels.fp8 import quantize_rows, scaled_product
-from pipeline.models.decoder import Decoder
-from pipeline.models.layers import Linear
+from pipeline.kernels.fp8 import Quantized, quantize_rows, scaled_product
+from pipeline.kernels.rms_norm import rms_norm_fp8
+from pipeline.kernels.swiglu import swiglu_fp8
+from pipeline.models.layers import GatedMLP, Linear, RMSNorm
 
 MULTIPLE = 16  # of both sides, for the device's product
 
@@ -20,39 +24,70 @@ MULTIPLE = 16  # of both sides, for the device's product
 class Fp8Linear(Linear):
     """`x @ weight.T + bias` with a float8 weight and inputs rounded to float8 on the way."""
 
-    __slots__ = ("scale",)
+    __slots__ = ("dtype", "scale")
 
     def __init__(self, linear: Linear) -> None:
         weight, self.scale = quantize_rows(linear.weight)
+        self.dtype = linear.weight.dtype
         super().__init__(weight, linear.bias)
 
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        values, scale = x if isinstance(x, Quantized) else quantize_rows(x)
+        return scaled_product(values, scale, self.weight, self.scale, self.bias, self.dtype)
+
+
+class Fp8RMSNorm(RMSNorm):
+    """The norm before an `Fp8Linear` and nothing else: its rows come out quantised."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        normed, total = rms_norm_fp8(x, self.weight, self.eps, residual)
+        return cast(Tensor, normed), total
+
+
+class Fp8GatedMLP(GatedMLP):
+    """A gated MLP of two `Fp8Linear`."""
+
+    __slots__ = ()
+
     def __call__(self, x: Tensor) -> Tensor:
-        quantized, scale = quantize_rows(x)
-        return scaled_product(quantized, scale, self.weight, self.scale, self.bias, x.dtype)
+        return self.down(cast(Tensor, swiglu_fp8(self.gate_up(x))))
 
 
-def _fits(linear: Linear) -> bool:
-    return all(size % MULTIPLE == 0 for size in linear.weight.shape)
-
-
-def quantize_decoder(decoder: Decoder) -> None:
-    """Replace the linear maps of all layers.
-
-    Raises: UserError where the device cannot multiply float8.
-    """
-    device = decoder.head.weight.device
+def check_device(device: torch.device) -> None:
+    """Raises: UserError where the device cannot multiply float8."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(
             "model.quantization fp8 needs a GPU of compute capability 8.9 or newer; "
             "write `quantization: none`."
         )
-    for layer in decoder.layers:
-        for part, name in (
-            (layer, "qkv"),
-            (layer, "out"),
-            (layer.mlp, "gate_up"),
-            (layer.mlp, "down"),
-        ):
-            linear = getattr(part, name)
-            if _fits(linear):
-                setattr(part, name, Fp8Linear(linear))
+
+
+def quantize_block(block: Any, norms: dict[str, str]) -> None:
+    """Replace a layer's linear maps, those of its MLP too.
+
+    `norms` names the norm whose rows go to a map alone: {"qkv": "attention_norm", …}; "mlp" stands
+    for the gated MLP's first map.
+    """
+    for name in ("qkv", "out", "proj"):
+        linear = getattr(block, name, None)
+        if type(linear) is Linear and _fits(linear):
+            setattr(block, name, Fp8Linear(linear))
+            _fuse(block, norms.get(name))
+    mlp = getattr(block, "mlp", None)
+    if type(mlp) is not GatedMLP or not (_fits(mlp.gate_up) and _fits(mlp.down)):
+        return
+    kind = Fp8GatedMLP if mlp.act == "silu" else GatedMLP
+    block.mlp = kind(Fp8Linear(mlp.gate_up), Fp8Linear(mlp.down), mlp.act)
+    _fuse(block, norms.get("mlp"))
+
+
+def _fuse(block: Any, name: str | None) -> None:
+    norm = getattr(block, name) if name else None
+    if name and type(norm) is RMSNorm and not norm.offset:
+        setattr(block, name, Fp8RMSNorm(norm.weight, norm.eps))
+
+
+def _fits(linear: Linear) -> bool:
+    return all(size % MULTIPLE == 0 for size in linear.weight.shape)

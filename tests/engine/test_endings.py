@@ -98,8 +98,8 @@ def test_not_a_number_fails_the_row(bench: Bench) -> None:
     engine = bench.engine()
     original, calls = engine.model.decoder.logits, []
 
-    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
-        logits = original(hidden)
+    def poisoned(hidden: torch.Tensor, **options: bool) -> torch.Tensor:
+        logits = original(hidden, **options)
         calls.append(len(logits))
         if len(calls) == 3:
             logits[0] = float("nan")

@@ -71,17 +71,19 @@ def test_interpolation_equals_transformers() -> None:
 
 
 def test_windows_of_a_batch_stand_together_by_size() -> None:
-    plan = Planner(2, torch.device("cpu"), window=4).plan([GRIDS[0], GRIDS[3], GRIDS[2]])
+    plan = Planner(2, torch.zeros(1), window=4).plan([GRIDS[0], GRIDS[3], GRIDS[2]])
     assert plan.windows is not None
     assert plan.order is not None
     assert plan.inverse is not None
-    assert all(r.index is None for r in plan.windows.rectangles)
-    assert plan.windows.num_tokens == plan.images.num_tokens == 4 * len(plan.order)
+    windows = plan.windows.dense
+    assert windows is not None
+    assert all(r.index is None for r in windows.rectangles)
+    assert windows.num_tokens == plan.images.num_tokens == 4 * len(plan.order)
     assert torch.equal(plan.order[plan.inverse], torch.arange(len(plan.order)))
 
 
 def test_plans_are_kept_and_forgotten() -> None:
-    planner = Planner(2, torch.device("cpu"))
+    planner = Planner(2, torch.zeros(1))
     first = planner.plan([GRIDS[0]])
     assert planner.plan([GRIDS[0]]) is first
     for rows in range(KEPT_PLANS):

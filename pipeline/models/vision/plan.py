@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.attention import AttentionPlan, plan_attention
+from pipeline.kernels.window_attention import WindowPlan, plan_windows
 from pipeline.models.vision.grids import Grid, interpolation, patch_positions, window_units
 
 KEPT_PLANS = 64
@@ -26,7 +27,7 @@ class TowerPlan:
 
     positions: Tensor  # int32 [2, N] row and column, in the order of the tower
     images: AttentionPlan  # of patches in image order
-    windows: AttentionPlan | None = None  # of patches in window order
+    windows: WindowPlan | None = None  # of patches in window order
     order: Tensor | None = None  # int64 [units] image order -> window order
     inverse: Tensor | None = None
     taps: Tensor | None = None  # int64 [N, 4] into the learned position table
@@ -44,11 +45,11 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
 class Planner:
     """Makes plans for batches of grids and keeps the latest."""
 
-    def __init__(
-        self, merge: int, device: torch.device, window: int = 0, table_side: int = 0
-    ) -> None:
+    def __init__(self, merge: int, like: Tensor, window: int = 0, table_side: int = 0) -> None:
+        """Plans are for the device of `like`."""
         self.merge = merge
-        self.device = device
+        self.like = like
+        self.device = like.device
         self.window = window  # side of a window in units; 0: full attention everywhere
         self.table_side = table_side  # of the learned position table; 0: there is none
         self._plans: OrderedDict[tuple[Grid, ...], TowerPlan] = OrderedDict()
@@ -98,7 +99,7 @@ class Planner:
         return TowerPlan(
             upload(placed, self.device),
             images,
-            plan_attention(lengths, self.device),
+            plan_windows(lengths, self.like),
             upload(order, self.device),
             upload(inverse, self.device),
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.kernels.attention import varlen_attention
 from pipeline.kernels.rope import rotate
+from pipeline.kernels.window_attention import window_attention
 from pipeline.models.layers import MLP, GatedMLP, LayerNorm, Linear, RMSNorm
 from pipeline.models.loading import Weights
 from pipeline.models.vision.grids import Grid
@@ -120,7 +121,7 @@ class QwenTower:
         steps = torch.arange(0, c.head_dim // 2, 2, dtype=torch.float32)
         inv_freq = 1.0 / (10000.0 ** (steps / (c.head_dim // 2)))
         self.inv_freq = inv_freq.to(weights.device)
-        self.planner = Planner(c.merge, weights.device, c.window, c.table_side)
+        self.planner = Planner(c.merge, self.inv_freq, c.window, c.table_side)
 
     def _take_embed(self, weights: Weights, name: str) -> Linear:
         c = self.config
@@ -178,14 +179,13 @@ class QwenTower:
         self, index: int, block: Block, x: Tensor, cos: Tensor, sin: Tensor, plan: TowerPlan
     ) -> Tensor:
         c = self.config
-        heads = block.qkv(x).view(len(x), 3 * c.heads, c.head_dim)
-        turned = rotate(heads[:, : 2 * c.heads], cos, sin)
-        q, k = turned.split(c.heads, dim=1)
+        qkv, scale = block.qkv(x), c.head_dim**-0.5
+        if plan.windows is not None and index not in c.full_blocks:
+            return window_attention(qkv, cos, sin, plan.windows, c.heads, scale)
+        heads = qkv.view(len(x), 3 * c.heads, c.head_dim)
+        q, k = rotate(heads[:, : 2 * c.heads], cos, sin).split(c.heads, dim=1)
         v = heads[:, 2 * c.heads :]
-        scale = c.head_dim**-0.5
         if plan.windows is None:
             return varlen_attention(q, k, v, plan.images, scale).flatten(1)
-        if index not in c.full_blocks:
-            return varlen_attention(q, k, v, plan.windows, scale).flatten(1)
         q, k, v = (self._reorder(t.contiguous(), plan.inverse) for t in (q, k, v))
         return self._reorder(varlen_attention(q, k, v, plan.images, scale), plan.order).flatten(1)
