@@ -177,7 +177,7 @@ def load_model(
 
     Raises: UserError when the files do not fit the config, naming the tensor.
     """
-    from pipeline.models.fp8 import quantize_decoder
+    from pipeline.models.fp8 import check_device
 
     module = importlib.import_module(type(family).__module__.rpartition(".")[0] + ".model")
     build: Callable[[Checkpoint, Family, Weights], Model] = module.build
@@ -194,5 +194,6 @@ def load_model(
         ) from error
     weights.finish()
     if quantization == "fp8":
-        quantize_decoder(model.decoder)
+        check_device(weights.device)
+        model.quantize()
     return model

@@ -10,7 +10,7 @@ import torch
 from pipeline.kernels.fp8 import FP8, quantize_rows, scaled_product
 from pipeline.models.base import DenseAttend
 from pipeline.models.families.qwen_vl import spec
-from pipeline.models.fp8 import Fp8Linear, quantize_decoder
+from pipeline.models.fp8 import Fp8Linear
 from pipeline.models.layers import Linear
 from tests.helpers.checkpoints import write_qwen2_vl
 from tests.helpers.parity import difference, open_ours, random_text
@@ -52,7 +52,7 @@ def test_a_quantized_decoder_is_near_the_other(tmp_path: Path) -> None:
         return decoder.logits(hidden)
 
     before = logits()
-    quantize_decoder(decoder)
+    model.quantize()
     assert all(layer.mlp.down.weight.dtype == FP8 for layer in decoder.layers)
     after = logits()
     assert 1e-4 < difference(after, before) < 0.15

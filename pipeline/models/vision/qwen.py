@@ -182,7 +182,7 @@ class QwenTower:
         qkv, scale = block.qkv(x), c.head_dim**-0.5
         if plan.windows is not None and index not in c.full_blocks:
             return window_attention(qkv, cos, sin, plan.windows, c.heads, scale)
-        heads = qkv.view(len(x), 3 * c.heads, c.head_dim)
+        heads = qkv.view(len(qkv), 3 * c.heads, c.head_dim)
         q, k = rotate(heads[:, : 2 * c.heads], cos, sin).split(c.heads, dim=1)
         v = heads[:, 2 * c.heads :]
         if plan.windows is None:

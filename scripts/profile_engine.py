@@ -1,0 +1,99 @@
+"""Where the device's time goes, kernel by kernel: one workload through the labeller, profiled.
+
+    python scripts/profile_engine.py --random-weights 7b --work caption --rows 128
+
+Takes the options of scripts/bench.py. Prints the kernels by total time, and how long the device had
+nothing to do. Records no result.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts import bench  # noqa: E402
+
+NUM_KERNELS = 40
+LONG_GAP = 0.002  # seconds
+
+
+def main() -> int:
+    from scripts.bench import measure
+
+    args = bench.arguments()
+    device = bench.device_of(args)
+    model = bench.model_folder(args, device)
+    name = args.work.split(",")[0]
+    loads = bench.make_workloads(name, args, args.rows)
+    engine = {"device": device} | bench.overrides(args.set, "engine")
+    chosen = measure.settings(model, loads, engine, bench.overrides(args.set, "model"))
+    events, seconds = profiled(chosen, loads)
+    report(events, seconds)
+    return 0
+
+
+def profiled(chosen: Any, loads: list[Any]) -> tuple[list[tuple[str, float, float]], float]:
+    """(name, start, end) of every kernel in seconds, and the pass's wall time."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from pipeline.labeller import Labeller
+    from scripts.bench import measure
+
+    labeller = Labeller(chosen)
+    prompts = frozenset(chosen.prompts)
+    try:
+        list(labeller.label([measure.shard(loads[0], "warmup", prompts)]))
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            started = time.perf_counter()
+            list(labeller.label([measure.shard(loads[1], "profiled", prompts)]))
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+    finally:
+        labeller.close()
+    kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(e.name, e.time_range.start / 1e6, e.time_range.end / 1e6) for e in kernels]
+    return spans, seconds
+
+
+def report(events: list[tuple[str, float, float]], seconds: float) -> None:
+    total: dict[str, float] = defaultdict(float)
+    count: dict[str, int] = defaultdict(int)
+    for name, start, end in events:
+        total[name] += end - start
+        count[name] += 1
+    busy, gaps = busy_and_gaps(events)
+    long = [g for g in gaps if g > LONG_GAP]
+    print(f"wall {seconds:.3f} s, device busy {busy:.3f} s; gaps {sum(gaps):.3f} s in {len(gaps)}")
+    print(f"gaps over {LONG_GAP * 1e3:.0f} ms: {sum(long):.3f} s in {len(long)}")
+    print(f"{'ms':>10} {'count':>7} {'us each':>9}  kernel")
+    for name in sorted(total, key=lambda n: -total[n])[:NUM_KERNELS]:
+        each = total[name] / count[name] * 1e6
+        print(f"{total[name] * 1e3:10.1f} {count[name]:7d} {each:9.1f}  {name[:110]}")
+
+
+def busy_and_gaps(events: list[tuple[str, float, float]]) -> tuple[float, list[float]]:
+    """Seconds in which any kernel ran, and the waits between."""
+    busy, reached = 0.0, None
+    gaps = []
+    for _, start, end in sorted(events, key=lambda e: e[1]):
+        if reached is None or start > reached:
+            if reached is not None:
+                gaps.append(start - reached)
+            busy += end - start
+            reached = end
+        elif end > reached:
+            busy += end - reached
+            reached = end
+    return busy, gaps
+
+
+if __name__ == "__main__":
+    sys.exit(main())
