@@ -1,18 +1,19 @@
-"""The labeller against transformers' own classes on a CPU: the same texts? and how fast?
+"""The labeller beside transformers' `generate` on a CPU: the same texts? how many times as fast?
 
-Both see the same rows in one process, first one then the other, greedy, in float32. For Qwen2-VL
-and Qwen2.5-VL checkpoints, the model that ships among them.
+Both see the same rows in one process, turn and turn about, greedy, in float32, from encoded image
+bytes to text. transformers runs in left-padded batches of one prompt's rows, at the best of a few
+batch sizes. For Qwen2-VL and Qwen2.5-VL checkpoints, the model that ships among them.
 """
 
 from __future__ import annotations
 
-import io
+import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from pipeline.rows import Answer, ImageRef, Row, ShardWork
+from pipeline.rows import ImageRef, Row, ShardWork
 from pipeline.settings import (
     EngineSettings,
     GenerationSettings,
@@ -22,98 +23,177 @@ from pipeline.settings import (
     PromptSettings,
 )
 from scripts.bench import workloads
+from scripts.bench.check_peer import Asked, Peer
 
-MAX_NEW_TOKENS = 48
+BATCH_SIZES = (8, 16, 32, 64)
+PROBE_ROWS = 24  # of which the best batch size is found
+DEMO_PROMPTS = {
+    "caption": ("Describe this image.", 64),
+    "objects": ("List the objects as JSON.", 96),
+    "answer": ("{question}", 64),
+}
+OTHER_PROMPTS = {"answer": ("Describe the image.", 48)}
 
 
-def run(model: str, num_rows: int, seed: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Label the rows with both; how many texts are equal, and both speeds."""
-    images = workloads.make("mixed", num_rows, seed).images
-    chosen = LabelSettings(
-        model=ModelSettings(id=model, dtype="float32", **options),
-        input=InputSettings(path="memory"),
-        prompts={"answer": PromptSettings(text="Describe the image.")},
-        generation=GenerationSettings(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0),
-        engine=EngineSettings(device="cpu"),
+@dataclass(frozen=True)
+class Table:
+    """Encoded images with their questions, and the prompts asked of each."""
+
+    images: list[bytes]
+    questions: list[str]
+    prompts: dict[str, tuple[str, int]]
+
+    def asked(self, num_rows: int | None = None) -> list[Asked]:
+        rows = range(len(self.images))[:num_rows]
+        return [
+            Asked((row, name), self.images[row], self._fill(text, row), limit)
+            for name, (text, limit) in self.prompts.items()
+            for row in rows
+        ]
+
+    def _fill(self, text: str, row: int) -> str:
+        return self.questions[row] if text == "{question}" else text
+
+    def rows(self) -> Iterator[Row]:
+        for i, (data, question) in enumerate(zip(self.images, self.questions, strict=True)):
+            yield Row(str(i), i, {"question": question}, (ImageRef(data=data),))
+
+
+def table(model: str, num_rows: int, seed: int) -> Table:
+    """The shipped scenes with the questions that belong to them, or photographs."""
+    if model != "demo":
+        images = list(workloads.make("mixed", num_rows, seed).images)
+        return Table(images, [""] * num_rows, OTHER_PROMPTS)
+    import pyarrow.parquet as pq
+
+    from pipeline import demo
+
+    scenes = pq.read_table(demo.SCENES, columns=["image", "question"]).to_pylist()[:num_rows]
+    return Table(
+        [scene["image"]["bytes"] for scene in scenes],
+        [scene["question"] for scene in scenes],
+        DEMO_PROMPTS,
     )
-    rows = [Row(str(i), i, {}, (ImageRef(data=data),)) for i, data in enumerate(images)]
-    ours, our_seconds = _ours(chosen, rows)
-    theirs, their_seconds = _theirs(chosen, rows)
-    differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+
+
+def run(model: str, num_rows: int, seed: int, reps: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Label the rows with both, `reps` times each; equal texts and both speeds."""
+    rows = table(model, num_rows, seed)
+    chosen = _settings(model, rows, options)
+    ours = _Ours(chosen, rows)
+    try:
+        peer = Peer(chosen.model)
+        ours.label("warmup")
+        sizes = _probe(peer, rows)
+        best = min(sizes, key=lambda size: sizes[size])
+        pairs = [(ours.label(f"rep{i}"), _timed(peer, rows, best)) for i in range(reps)]
+    finally:
+        ours.close()
+    return _found(rows, pairs, best, sizes)
+
+
+def _found(rows: Table, pairs: list, best: int, sizes: dict[int, float]) -> dict[str, Any]:
+    mine, theirs = pairs[-1][0].texts, pairs[-1][1].texts
+    differing = sorted(key for key, text in theirs.items() if mine[key] != text)
+    answers = len(theirs)
     return {
-        "rows": num_rows,
-        "equal": num_rows - len(differing),
-        "differing": differing[:20],
-        "rows_per_s": round(num_rows / our_seconds, 3),
-        "transformers_rows_per_s": round(num_rows / their_seconds, 3),
+        "rows": len(rows.images),
+        "answers": answers,
+        "equal": answers - len(differing),
+        "differing": [f"{row}/{prompt}" for row, prompt in differing[:20]],
+        "answers_per_s": _median(answers / a.seconds for a, _ in pairs),
+        "transformers_answers_per_s": _median(answers / b.seconds for _, b in pairs),
+        "ratio": _median(b.seconds / a.seconds for a, b in pairs),
+        "cpu_ratio": _median(b.cpu / a.cpu for a, b in pairs),
+        "seconds": [[round(a.seconds, 2), round(b.seconds, 2)] for a, b in pairs],
+        "cpu_seconds": [[round(a.cpu, 2), round(b.cpu, 2)] for a, b in pairs],
+        "batch": best,
+        "batch_seconds_an_answer": {
+            str(size): round(seconds, 4) for size, seconds in sizes.items()
+        },
     }
 
 
-def _ours(chosen: LabelSettings, rows: list[Row]) -> tuple[list[str | None], float]:
-    from pipeline.labeller import Labeller
-
-    labeller = Labeller(chosen)
-    try:
-        list(labeller.label([ShardWork("warmup", rows[:2])]))
-        started = time.perf_counter()
-        answers: list[Answer] = list(labeller.label([ShardWork("check", rows)]))
-        seconds = time.perf_counter() - started
-    finally:
-        labeller.close()
-    answers.sort(key=lambda answer: answer.key.row)
-    return [answer.text for answer in answers], seconds
+def headline(found: dict[str, Any]) -> str:
+    return (
+        f"{found['equal']} of {found['answers']} texts are equal to transformers'; "
+        f"{found['answers_per_s']} answers/s against {found['transformers_answers_per_s']} in "
+        f"batches of {found['batch']}: {found['ratio']} x (processor time {found['cpu_ratio']} x)"
+    )
 
 
-def _theirs(chosen: LabelSettings, rows: list[Row]) -> tuple[list[str], float]:
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    from pipeline.models.checkpoint import Checkpoint
-    from pipeline.models.registry import family_for
-    from pipeline.prepare import Preparer, Unstored
-    from pipeline.rows import Request
-    from pipeline.tokenizer import Tokenizer
-
-    checkpoint = Checkpoint.open(chosen.model)
-    tokenizer = Tokenizer(checkpoint)
-    family = family_for(checkpoint, chosen.model)
-    preparer = Preparer(chosen, family, tokenizer, Unstored())
-    processor = _image_processor(checkpoint.preprocessor_config)
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, dtype=torch.float32)
-    texts = []
-    started = time.perf_counter()
-    for row in rows:
-        (request,) = preparer.prepare("check", row)
-        assert isinstance(request, Request)
-        ids = _generate(model.eval(), processor, request, row.images[0].data or b"", family)
-        texts.append(tokenizer.decode(ids))
-    return texts, time.perf_counter() - started
+def _median(values: Any) -> float:
+    return round(statistics.median(values), 3)
 
 
-def _image_processor(settings: dict[str, Any]) -> Any:
-    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as pil
+def _settings(model: str, rows: Table, options: dict[str, Any]) -> LabelSettings:
+    return LabelSettings(
+        model=ModelSettings(id=model, dtype="float32", **options),
+        input=InputSettings(path="memory"),
+        prompts={
+            name: PromptSettings(text=text, max_new_tokens=limit)
+            for name, (text, limit) in rows.prompts.items()
+        },
+        generation=GenerationSettings(temperature=0.0),
+        engine=EngineSettings(device="cpu"),
+    )
 
-    known = {k: v for k, v in settings.items() if not k.endswith(("_class", "_type"))}
-    return pil.Qwen2VLImageProcessorPil(**known)
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the rows: wall and processor seconds, and the texts."""
+
+    seconds: float
+    cpu: float
+    texts: dict[tuple[int, str], str]
 
 
-def _generate(model: Any, processor: Any, request: Any, data: bytes, family: Any) -> list[int]:
-    import torch
-    from PIL import Image
+class _Ours:
+    def __init__(self, chosen: LabelSettings, rows: Table) -> None:
+        from pipeline.labeller import Labeller
 
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    features = processor(images=[image], return_tensors="pt")
-    tokens = torch.from_numpy(np.asarray(request.tokens, np.int64))[None]
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            mm_token_type_ids=(tokens == family.image_token_id).int(),
-            pixel_values=features["pixel_values"],
-            image_grid_thw=features["image_grid_thw"],
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=list(family.eos_token_ids),
-            pad_token_id=family.eos_token_ids[0],
-        )
-    return out[0, tokens.shape[1] :].tolist()
+        self._labeller = Labeller(chosen)
+        self._rows = rows
+
+    def label(self, name: str) -> Pass:
+        clock = _Clock()
+        answers = list(self._labeller.label([ShardWork(name, self._rows.rows())]))
+        texts = {(a.key.row, a.key.prompt): a.text or f"({a.error})" for a in answers}
+        return Pass(*clock.read(), texts)
+
+    def close(self) -> None:
+        self._labeller.close()
+
+
+class _Clock:
+    """Wall time, and processor time of this process and its living children."""
+
+    def __init__(self) -> None:
+        self._started = (time.perf_counter(), _cpu_seconds())
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._started[0], _cpu_seconds() - self._started[1]
+
+
+def _cpu_seconds() -> float:
+    """Of this process and the processes it started and has not ended."""
+    from scripts.bench.processes import family_cpu_seconds
+
+    return family_cpu_seconds()
+
+
+def _timed(peer: Peer, rows: Table, batch: int, num_rows: int | None = None) -> Pass:
+    clock = _Clock()
+    texts = peer.answer(rows.asked(num_rows), batch)
+    return Pass(*clock.read(), texts)
+
+
+def _probe(peer: Peer, rows: Table) -> dict[int, float]:
+    """Seconds an answer at each batch size: the quicker of two passes over the first rows."""
+    _timed(peer, rows, 8, 2)
+    found: dict[int, float] = {}
+    for size in (*BATCH_SIZES, *BATCH_SIZES):
+        num_rows = min(max(PROBE_ROWS, size), len(rows.images))
+        seconds = _timed(peer, rows, size, num_rows).seconds / (num_rows * len(rows.prompts))
+        found[size] = min(seconds, found.get(size, seconds))
+    return found

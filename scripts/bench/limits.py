@@ -19,7 +19,9 @@ class Work:
     vision: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
-    decode_bytes: float = 0.0
+    decode_bytes: float = 0.0  # keys and values alone
+    vision_attention: float = 0.0  # of `vision`: the products of queries, keys and values
+    prefill_attention: float = 0.0  # of `prefill`
 
     @property
     def flops(self) -> float:
@@ -47,6 +49,7 @@ class Shapes:
     vocab: int
     vision_hidden: int
     vision_intermediate: int
+    vision_heads: int
     vision_layers: int
     vision_full_layers: int
     vision_gates: int  # matrices of its MLP: 3 with a gate, 2 without
@@ -74,6 +77,7 @@ class Shapes:
             vocab=text["vocab_size"],
             vision_hidden=hidden,
             vision_intermediate=vision.get("intermediate_size") or int(hidden * 4),
+            vision_heads=vision["num_heads"],
             vision_layers=vision["depth"],
             vision_full_layers=full,
             vision_gates=3 if windowed else 2,
@@ -81,6 +85,10 @@ class Shapes:
             merge=vision.get("spatial_merge_size", 2),
             patch_values=3 * vision.get("temporal_patch_size", 2) * patch * patch,
         )
+
+    @property
+    def vision_head_dim(self) -> int:
+        return self.vision_hidden // self.vision_heads
 
     @property
     def token_flops(self) -> float:
@@ -107,23 +115,35 @@ class Shapes:
         """The vision tower and the projector for one image."""
         n, h = float(num_patches), self.vision_hidden
         layer = 4 * h * h + self.vision_gates * h * self.vision_intermediate
-        windows = self.vision_layers - self.vision_full_layers
-        pairs = n * n * self.vision_full_layers + n * self.window * windows
         unit = self.merge**2
         merger = n / unit * (unit * h) * (unit * h + self.hidden)
         linear = self.vision_layers * n * layer + n * self.patch_values * h + merger
-        return 2 * linear + 4 * pairs * h
+        return 2 * linear + self.vision_attention_flops(num_patches)
+
+    def vision_attention_flops(self, num_patches: int) -> float:
+        n = float(num_patches)
+        windows = self.vision_layers - self.vision_full_layers
+        pairs = n * n * self.vision_full_layers + n * self.window * windows
+        return 4 * pairs * self.vision_hidden
 
     def prefill_flops(self, num_tokens: int, num_cached: int) -> float:
         """The tokens that no cache holds, each attending to all before it, and one head."""
+        linear = (num_tokens - num_cached) * self.token_flops
+        return linear + self.prefill_attention_flops(num_tokens, num_cached) + self.head_flops
+
+    def prefill_attention_flops(self, num_tokens: int, num_cached: int) -> float:
         new = num_tokens - num_cached
-        pairs = new * num_cached + new * (new + 1) / 2
-        return new * self.token_flops + pairs * self.pair_flops + self.head_flops
+        return (new * num_cached + new * (new + 1) / 2) * self.pair_flops
 
     def decode_flops(self, num_prompt: int, num_output: int) -> float:
         steps = max(0, num_output - 1)  # the first token comes out of the prefill
         pairs = steps * num_prompt + steps * (steps + 1) / 2
         return steps * (self.token_flops + self.head_flops) + pairs * self.pair_flops
+
+    @property
+    def decoder_values(self) -> float:
+        """The numbers that a decode step reads of the decoder and its head."""
+        return (self.token_flops + self.head_flops) / 2
 
     def decode_bytes(self, num_prompt: int, num_output: int) -> float:
         """Keys and values that decoding reads; the weights' share depends on the slots."""
@@ -133,12 +153,14 @@ class Shapes:
 
 def work(shapes: Shapes, patches: Iterable[int], answers: Iterable[tuple[int, int, int]]) -> Work:
     """Sum the work over distinct images' patches and answers (prompt, cached, output)."""
-    rows = list(answers)
+    rows, images = list(answers), list(patches)
     return Work(
-        vision=sum(shapes.vision_flops(n) for n in patches),
+        vision=sum(shapes.vision_flops(n) for n in images),
         prefill=sum(shapes.prefill_flops(prompt, cached) for prompt, cached, _ in rows),
         decode=sum(shapes.decode_flops(prompt, output) for prompt, _, output in rows),
         decode_bytes=sum(shapes.decode_bytes(prompt, output) for prompt, _, output in rows),
+        vision_attention=sum(shapes.vision_attention_flops(n) for n in images),
+        prefill_attention=sum(shapes.prefill_attention_flops(p, cached) for p, cached, _ in rows),
     )
 
 
@@ -147,8 +169,8 @@ def peaks(device: str) -> Peaks:
     import torch
 
     if not device.startswith("cuda"):
-        return _measured(device, torch.float32, 1024, 1 << 26, _cpu_seconds)
-    found = _measured(device, torch.bfloat16, 8192, 1 << 31, _cuda_seconds)
+        return _measured(device, torch.float32, 1024, 1 << 26, cpu_seconds)
+    found = _measured(device, torch.bfloat16, 8192, 1 << 31, cuda_seconds)
     torch.cuda.empty_cache()
     return found
 
@@ -163,7 +185,7 @@ def _measured(device: str, dtype, size: int, num_bytes: int, seconds) -> Peaks:
     return Peaks(2 * size**3 / product, 2 * num_bytes / copy)
 
 
-def _cuda_seconds(call, warmups: int = 3, times: int = 10) -> float:
+def cuda_seconds(call, warmups: int = 3, times: int = 10) -> float:
     import torch
 
     for _ in range(warmups):
@@ -177,7 +199,7 @@ def _cuda_seconds(call, warmups: int = 3, times: int = 10) -> float:
     return start.elapsed_time(end) / 1e3 / times
 
 
-def _cpu_seconds(call, times: int = 5) -> float:
+def cpu_seconds(call, times: int = 5) -> float:
     call()
     seconds = []
     for _ in range(times):

@@ -171,7 +171,9 @@ def _reset_peak(labeller: Any) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def needed_work(repetition: Repetition, model: str, options: dict[str, Any]) -> Work | None:
+def needed_work(
+    repetition: Repetition, model: str, options: dict[str, Any]
+) -> tuple[Work, Shapes] | None:
     """The floating point work of a repetition's answers; None for a family we have no sums of."""
     from pipeline.models.checkpoint import Checkpoint
     from pipeline.models.registry import family_for
@@ -188,7 +190,7 @@ def needed_work(repetition: Repetition, model: str, options: dict[str, Any]) -> 
     answers = (
         (a.num_prompt_tokens, a.num_cached_tokens, a.num_output_tokens) for a in repetition.answers
     )
-    return work(shapes, patches, answers)
+    return work(shapes, patches, answers), shapes
 
 
 def limit_share(repetition: Repetition, needed: Work, peaks: Peaks) -> float:

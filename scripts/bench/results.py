@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).parent / "results.jsonl"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def append(row: dict[str, Any], path: Path | None = FILE) -> None:
@@ -29,8 +31,7 @@ def append(row: dict[str, Any], path: Path | None = FILE) -> None:
 def surroundings(device: str) -> dict[str, Any]:
     """Who measured: commit, date, machine, versions, command."""
     return {
-        "commit": os.environ.get("VLM_BENCH_COMMIT")
-        or _output("git", "rev-parse", "--short=10", "HEAD"),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
         **_device(device),
         "python": platform.python_version(),
@@ -38,6 +39,32 @@ def surroundings(device: str) -> dict[str, Any]:
         "transformers": _version("transformers"),
         "command": " ".join(["scripts/bench.py", *sys.argv[1:]]),
     }
+
+
+def commit() -> str:
+    """The commit from VLM_BENCH_COMMIT or git; without both a hash of the source files."""
+    named = os.environ.get("VLM_BENCH_COMMIT") or _output(
+        "git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"
+    )
+    return named if named != "unknown" else f"source-{source_hash()}"
+
+
+def source_hash() -> str:
+    """Ten digits that change with any of the Python files that a measurement runs."""
+    total = hashlib.sha256()
+    for folder in ("jobs", "pipeline", "scripts"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            total.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    return total.hexdigest()[:10]
+
+
+def measured_elsewhere(file: Path) -> list[dict[str, Any]]:
+    """The rows of another machine's file; those of this very source get this commit's name."""
+    here = f"source-{source_hash()}"
+    rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    for row in rows:
+        row["commit"] = commit() if row["commit"] == here else row["commit"]
+    return rows
 
 
 def peak_memory(device: str) -> dict[str, float]:
@@ -59,6 +86,12 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
         f"p{share}": round(ordered[round(share / 100 * (len(ordered) - 1))], 3)
         for share in (20, 50, 80)
     }
+
+
+def gpu_name() -> str:
+    """The first GPU's name, without torch."""
+    names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return names.splitlines()[0]
 
 
 def _device(device: str) -> dict[str, Any]:

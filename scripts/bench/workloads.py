@@ -24,6 +24,7 @@ PLAIN_SYSTEM = "You are a helpful assistant."
 DESCRIBE = "Describe this image in detail."
 PHOTO = (1024, 768)
 PAGE = (1275, 1650)
+NUM_SCENES = 32  # drawn instead of photographs where none is installed
 SCRAPED = ((512, 384), (640, 480), (800, 600), (768, 1024), (1024, 768), (1280, 960))
 QUESTIONS = {
     "subject": "What is the main subject?",
@@ -36,8 +37,8 @@ QUESTIONS = {
     "sharpness": "Rate the photo's sharpness from 1 to 5.",
 }
 WORDS = (
-    "lantern the of copper meadow after nine window carry bridge salt under morning glass letter "
-    "second road quiet orchard before signal wool between clock harvest"
+    "the of light river market seven paper ladder under garden winter measure cloud signal harbour "
+    "table second woman early"
 ).split()
 
 
@@ -80,16 +81,31 @@ def make(name: str, num_answers: int, seed: int) -> Workload:
     raise ValueError(f"unknown workload {name!r}; there are {', '.join(NAMES)}")
 
 
+def asked(text: str, reps: int) -> list[tuple[str, int]]:
+    """`caption,ocr:1` as [("caption", reps), ("ocr", 1)]."""
+    parts = [part.partition(":") for part in text.split(",")]
+    return [(name, int(own) if own else reps) for name, _, own in parts]
+
+
+def repetition_seed(seed: int, number: int) -> int:
+    """The seed of repetition `number`, counted from 0; -1 is the warm-up."""
+    return seed + 977 * (number + 1)
+
+
 def _length(value: float) -> int:
-    """An answer's length between 16 and 400, in steps of 4 so that few prompts stand for all."""
-    return max(16, min(400, int(value) // 4 * 4))
+    """An answer's length between 16 and 400."""
+    return max(16, min(400, int(value)))
 
 
 def _rules() -> str:
-    """About 2,000 tokens of instructions that every row shares."""
-    rng = random.Random(11)
-    rules = (f"Rule {i}: {' '.join(rng.choices(WORDS, k=14))}." for i in range(1, 105))
-    return "You sort photographs by these rules. " + " ".join(rules)
+    """2,083 tokens of instructions that every row shares."""
+    rng = random.Random(5)
+    rules = (f"Rule {i}: {' '.join(_words(rng, 14))}." for i in range(1, 105))
+    return "You label photographs by these rules. " + " ".join(rules)
+
+
+def _words(rng: random.Random, count: int) -> list[str]:
+    return [rng.choice(WORDS) for _ in range(count)]
 
 
 def _photos(
@@ -119,7 +135,7 @@ def _pages(num_answers: int, seed: int, rng: random.Random) -> Workload:
         name="ocr",
         images=tuple(_in_processes(_page, list(seeds))),
         prompts={"answer": "Transcribe the page."},
-        output_tokens=tuple(rng.randrange(600, 1201, 8) for _ in range(num_answers)),
+        output_tokens=tuple(rng.randint(600, 1200) for _ in range(num_answers)),
         sizes=(PAGE,) * num_answers,
         kind="drawn pages",
         seed=seed,
@@ -155,12 +171,15 @@ def _is_large(file: Path) -> bool:
         return False
 
 
-@lru_cache(maxsize=64)
 def _source(number: int) -> Image.Image:
     files = photograph_files()
-    if files:
-        return Image.open(files[number % len(files)]).convert("RGB")
-    return _scene(number)
+    return _picture(number % (len(files) or NUM_SCENES))
+
+
+@lru_cache(maxsize=64)
+def _picture(number: int) -> Image.Image:
+    files = photograph_files()
+    return Image.open(files[number]).convert("RGB") if files else _scene(number)
 
 
 def _scene(number: int) -> Image.Image:
@@ -181,7 +200,7 @@ def _photo(job: tuple[int, tuple[int, int], int]) -> bytes:
     """A JPEG of that size: a crop of a source picture, at a place that the seed draws."""
     number, size, seed = job
     rng = random.Random(seed * 1_000_003 + number)
-    source = _source(number % 32)
+    source = _source(number)
     share = rng.uniform(0.55, 1)
     width, height = int(source.width * share), int(source.height * share)
     x, y = rng.randint(0, source.width - width), rng.randint(0, source.height - height)
@@ -195,7 +214,7 @@ def _page(seed: int) -> bytes:
     page = Image.new("RGB", PAGE, (250, 249, 245))
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(24)
     for y in range(100, PAGE[1] - 100, 36):
-        line = " ".join(rng.choices(WORDS, k=rng.randint(6, 13)))
+        line = " ".join(_words(rng, rng.randint(6, 13)))
         draw.text((100, y), line, fill=(20, 20, 25), font=font)
     return _jpeg(page, quality=85)
 
