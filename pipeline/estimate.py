@@ -260,7 +260,8 @@ def _add_work(plan: Plan, sizes: ModelSizes, work: _Work) -> None:
 
 def _vision_flops(sizes: ModelSizes, num_tokens: int) -> float:
     patches = num_tokens * sizes.patches_per_token
-    attention = 4 * patches**2 * sizes.vision_width * sizes.vision_full_blocks
+    run = min(patches, sizes.patches_per_run or patches)
+    attention = 4 * patches * run * sizes.vision_width * sizes.vision_full_blocks
     return 2 * (sizes.vision_params * patches + sizes.projector_params * num_tokens) + attention
 
 

@@ -81,15 +81,22 @@ class Checkpoint:
 
     def token_id(self, token: str) -> int | None:
         """The id of an added token, or None."""
-        return self._added_tokens.get(token)
+        return self._tokens[0].get(token)
+
+    def vocabulary_id(self, token: str) -> int | None:
+        """The id of an ordinary token, spelled as in tokenizer.json, or None."""
+        return self._tokens[1].get(token)
 
     @cached_property
-    def _added_tokens(self) -> dict[str, int]:
+    def _tokens(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Ids of the added and of the ordinary tokens."""
         try:
-            added = json.loads(self.tokenizer_json).get("added_tokens", ())
+            found = json.loads(self.tokenizer_json)
         except (UserError, ValueError):
-            return {}
-        return {entry["content"]: entry["id"] for entry in added}
+            return {}, {}
+        vocabulary = found.get("model", {}).get("vocab", {})
+        added = {entry["content"]: entry["id"] for entry in found.get("added_tokens", ())}
+        return added, vocabulary if isinstance(vocabulary, dict) else {}
 
     def weight_files(self) -> list[Path]:
         """Files that hold the weights, sorted; fetches them first for a hub id."""

@@ -37,6 +37,7 @@ class ModelSizes:
     vision_params: int = 0  # work on every patch
     projector_params: int = 0  # work on every image token
     patches_per_token: int = 4
+    patches_per_run: int = 0  # patches that see each other in full blocks; 0: an image's
     vision_width: int = 0
     vision_full_blocks: int = 0  # blocks in which all patches of an image see each other
 

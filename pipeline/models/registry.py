@@ -51,6 +51,13 @@ FAMILIES = (
         templates=("janus-pro",),
         weights_gb=14.8,
     ),
+    Entry(
+        name="minicpm-v",
+        spec="pipeline.models.families.minicpm.spec",
+        example="openbmb/MiniCPM-V-2_6",
+        templates=("minicpmv",),
+        weights_gb=16.2,
+    ),
     _GENERIC,  # last: it takes what no family of ours does
 )
 

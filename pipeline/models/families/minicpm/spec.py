@@ -1,0 +1,192 @@
+"""MiniCPM-V 2.6: detection, the slices of an image and their markers in the prompt.
+
+An image is an overview, and for larger ones a grid of slices cut from a second resize; each gives
+the same number of tokens whatever its size. The weights' side stands in `model.py`. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.rows import ImageLayout, Turn, View
+from pipeline.settings import ModelSettings
+from pipeline.templates import minicpmv
+from pipeline.templates.render import Control, Piece
+
+Size = tuple[int, int]  # width, height
+
+
+def matches(config: Mapping[str, Any]) -> bool:
+    """True for MiniCPM-V 2.6; its model_type is shared by versions on other decoders."""
+    named = "MiniCPMV" in (config.get("architectures") or ["MiniCPMV"])
+    typed = config.get("model_type") == "minicpmv"
+    return named and typed and str(config.get("version")) == "2.6" and "query_num" in config
+
+
+def build(checkpoint: Checkpoint, settings: ModelSettings) -> MiniCPM:
+    return MiniCPM(checkpoint, settings)
+
+
+def _multiple(length: float, unit: int) -> int:
+    return max(round(length / unit) * unit, unit)
+
+
+def fitted(width: float, height: float, side: int, patch: int, enlarge: bool) -> Size:
+    """Multiples of `patch` with the ratio kept and an area of about `side`² at most."""
+    if width * height > side * side or enlarge:
+        ratio = width / height
+        height = int(side / math.sqrt(ratio))
+        width = int(height * ratio)
+    return _multiple(width, patch), _multiple(height, patch)
+
+
+def slice_grid(width: int, height: int, side: int, most: int) -> Size | None:
+    """Columns and rows of slices: the shape nearest the image's among those of a fitting count."""
+    wanted = min(math.ceil(width * height / (side * side)), most)
+    if wanted <= 1:
+        return None
+    counts = [n for n in (wanted - 1, wanted, wanted + 1) if 1 < n <= most]
+    shapes = [(a, n // a) for n in counts for a in range(1, n + 1) if n % a == 0]
+    ratio = math.log(width / height)
+    return min(shapes, key=lambda shape: abs(ratio - math.log(shape[0] / shape[1])))
+
+
+@lru_cache(maxsize=4096)
+def image_layout(
+    width: int, height: int, side: int, patch: int, most: int, queries: int
+) -> ImageLayout:
+    """The overview, and where there are slices a second view that they are cut from.
+
+    The layout's grid is that of the slices, without rows and columns where there are none.
+    """
+    grid = slice_grid(width, height, side, most)
+    if grid is None:
+        wide, high = fitted(width, height, side, patch, enlarge=True)
+        return ImageLayout(high, wide, (1, 0, 0), queries + 2, (_view(wide, high),))
+    columns, rows = grid
+    wide, high = fitted(width, height, side, patch, enlarge=False)
+    parts = _multiple(width, columns) / columns, _multiple(height, rows) / rows
+    slice_wide, slice_high = fitted(*parts, side, patch, enlarge=True)
+    views = _view(wide, high), _view(slice_wide * columns, slice_high * rows)
+    tokens = (1 + columns * rows) * (queries + 2) + rows - 1
+    return ImageLayout(high, wide, (1, rows, columns), tokens, views)
+
+
+def _view(width: int, height: int) -> View:
+    return View(height, width, resized=(height, width))
+
+
+class MiniCPM(Family):
+    """A MiniCPM-V 2.6 checkpoint without its weights."""
+
+    name = "minicpm-v"
+    templates = ("minicpmv",)
+
+    def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
+        config = checkpoint.config
+        self.template = minicpmv.TEMPLATE
+        self.num_queries = int(config["query_num"])
+        self.patch_size = int(config["vision_config"]["patch_size"])
+        self.context_length = int(config.get("max_position_embeddings", 32768))
+        stops = [checkpoint.token_id(token) for token in self.template.stop]
+        ends = end_tokens(checkpoint, config, self.template)
+        self.eos_token_ids = tuple(dict.fromkeys([*ends, *(i for i in stops if i is not None)]))
+        self.default_sampling = default_sampling(checkpoint.generation_config)
+        self.sizes = _sizes(config, self.num_queries)
+        self._read_processor(checkpoint.preprocessor_config, settings.max_pixels)
+        self._read_tokens(checkpoint)
+
+    def _read_processor(self, processor: Mapping[str, Any], max_pixels: int | None) -> None:
+        self.side = int(processor.get("scale_resolution", 448))
+        self.max_slices = int(processor.get("max_slice_nums", 9))
+        self.image_ids = bool(processor.get("use_image_id", False))
+        self.image_mean = tuple(processor.get("norm_mean") or (0.5, 0.5, 0.5))
+        self.image_std = tuple(processor.get("norm_std") or (0.5, 0.5, 0.5))
+        if max_pixels is not None:
+            self.max_slices = min(self.max_slices, max(1, max_pixels // self.side**2))
+
+    def _read_tokens(self, checkpoint: Checkpoint) -> None:
+        names = ("<image>", "</image>", "<slice>", "</slice>", "<unk>")
+        found = [checkpoint.token_id(name) for name in names]
+        newline = checkpoint.vocabulary_id("Ċ")
+        if None in found or newline is None:
+            missing = names[found.index(None)] if None in found else "\\n"
+            raise UserError(f"model.id {checkpoint.id!r}: tokenizer.json has no token {missing!r}")
+        self.image_token_id = found[-1]
+        self._markers = tuple(int(i) for i in (*found, newline) if i is not None)
+
+    def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
+        return image_layout(
+            width, height, self.side, self.patch_size, self.max_slices, self.num_queries
+        )
+
+    def image_tokens(self, layout: ImageLayout) -> np.ndarray:
+        """The overview between its markers, then the rows of slices, a newline between two."""
+        return block_tokens(layout.grid, self.num_queries, self._markers)
+
+    def render(self, turns: Sequence[Turn]) -> tuple[Piece, ...]:
+        """As the template, each image after its number in the conversation."""
+        pieces: list[Piece] = []
+        seen = 0
+        for piece in super().render(turns):
+            if isinstance(piece, int) and self.image_ids:
+                pieces += [Control("<image_id>"), str(seen), Control("</image_id>")]
+                seen += 1
+            pieces.append(piece)
+        return tuple(pieces)
+
+
+@lru_cache(maxsize=256)
+def block_tokens(grid: tuple[int, int, int], queries: int, markers: tuple[int, ...]) -> np.ndarray:
+    """Ids of an image's block, read-only."""
+    image_start, image_end, slice_start, slice_end, unknown, newline = markers
+    _, rows, columns = grid
+    row = [slice_start, *[unknown] * queries, slice_end] * columns
+    ids = [image_start, *[unknown] * queries, image_end]
+    for number in range(rows):
+        ids += [newline, *row] if number else row
+    block = np.array(ids, np.int32)
+    block.setflags(write=False)
+    return block
+
+
+def tower_depth(config: Mapping[str, Any]) -> int:
+    """Layers of the image tower that are run and stored."""
+    return int(config["vision_config"]["num_hidden_layers"]) - bool(
+        config.get("drop_vision_last_layer", True)
+    )
+
+
+def _sizes(config: Mapping[str, Any], queries: int) -> ModelSizes:
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    heads = config["num_attention_heads"]
+    kv_heads, head_dim = config.get("num_key_value_heads") or heads, hidden // heads
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    mlp = 3 * hidden * config["intermediate_size"]
+    vision = config["vision_config"]
+    width, inner = vision["hidden_size"], vision["intermediate_size"]
+    depth = tower_depth(config)
+    reading = width * hidden + 2 * hidden * hidden  # of the resampler, on every patch
+    return ModelSizes(
+        num_layers=layers,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        num_heads=heads,
+        decoder_params=layers * (attention + mlp),
+        embedding_params=2 * hidden * config["vocab_size"],
+        vision_params=depth * (4 * width * width + 2 * width * inner) + reading,
+        projector_params=2 * hidden * hidden,
+        patches_per_token=16,
+        vision_width=width,
+        vision_full_blocks=depth,
+        patches_per_run=1024,
+    )
