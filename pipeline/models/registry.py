@@ -45,6 +45,13 @@ FAMILIES = (
         weights_gb=16.6,
     ),
     Entry(
+        name="gemma3",
+        spec="pipeline.models.families.gemma3.spec",
+        example="google/gemma-3-4b-it",
+        templates=("gemma-it",),
+        weights_gb=8.6,
+    ),
+    Entry(
         name="janus",
         spec="pipeline.models.families.janus.spec",
         example="deepseek-ai/Janus-Pro-7B",

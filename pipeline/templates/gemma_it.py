@@ -20,7 +20,7 @@ TEMPLATE = Template(
     assistant="<start_of_turn>model\n{content}<end_of_turn>\n",
     answer="<start_of_turn>model\n",
     image="\n\n<start_of_image>{image}<end_of_image>\n\n",
-    strip=True,
+    strip_each=True,
     alternate=True,
     stop=("<end_of_turn>", "<eos>"),
 )

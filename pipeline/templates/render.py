@@ -50,6 +50,7 @@ class Template:
     between_images: str = ""
     system_separator: str = "\n\n"  # where `system` is None
     strip: bool = False  # contents lose outer blanks
+    strip_each: bool = False  # each text of a turn loses outer blanks, the system text none
     stop: tuple[str, ...] = ()  # tokens that end an answer
     alternate: bool = False  # user and assistant turns must alternate
     system_with_images: bool = True
@@ -71,6 +72,8 @@ def render(template: Template, turns: Sequence[Turn]) -> tuple[Piece, ...]:
     """Pieces of the whole prompt, from the template's start to the opening of the answer."""
     system, dialogue = _take_system(template, turns)
     _check(template, system, dialogue)
+    if template.strip_each:
+        dialogue = [replace(turn, parts=_each_stripped(turn.parts)) for turn in dialogue]
     pieces: list[Piece] = list(template.split(template.start))
     if system is not None and template.system is not None:
         pieces += _turn(template, template.system, system)
@@ -140,6 +143,10 @@ def _stripped(parts: Sequence[str | int]) -> Sequence[str | int]:
     if cut and isinstance(cut[-1], str):
         cut[-1] = cut[-1].rstrip()
     return cut
+
+
+def _each_stripped(parts: Sequence[str | int]) -> tuple[str | int, ...]:
+    return tuple(part.strip() if isinstance(part, str) else part for part in parts)
 
 
 def _content(template: Template, parts: Sequence[str | int]) -> Iterator[Piece]:

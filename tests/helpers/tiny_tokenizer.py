@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def _merges(words: Counter[tuple[str, ...]]) -> list[tuple[str, str]]:
+def merges_of(words: Counter[tuple[str, ...]]) -> list[tuple[str, str]]:
     """Plain BPE training; ties go to the pair that sorts first."""
     merges = []
     for _ in range(NUM_MERGES):
@@ -75,7 +75,7 @@ def _join(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     level = ByteLevel(add_prefix_space=False, use_regex=True)
     words = Counter(tuple(word) for word, _ in level.pre_tokenize_str(TEXT))
-    merges = _merges(words)
+    merges = merges_of(words)
     tokens = sorted(ByteLevel.alphabet()) + [a + b for a, b in merges]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 

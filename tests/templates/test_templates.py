@@ -122,7 +122,7 @@ def test_several_images_and_texts_between() -> None:
 
 def test_contents_lose_outer_blanks_where_the_template_strips() -> None:
     turn = Turn("user", ("  a ", 0, " b\n"))
-    assert "user\na \n\n<start_of_image>«0»<end_of_image>\n\n b<end" in rendered("gemma-it", turn)
+    assert "user\na\n\n<start_of_image>«0»<end_of_image>\n\nb<end" in rendered("gemma-it", turn)
     assert "user\n  a <|vision_start|>" in rendered("qwen2-vl", turn)
 
 

@@ -1,0 +1,145 @@
+"""Gemma 3: detection, image layout, sizes. One square picture an image, 256 tokens each.
+
+The hub's configs name few keys; what they leave out are the defaults below. A text model of the
+family (1B, 270M) loads too and takes no images. The weights' side stands in `model.py`. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import RowError, UserError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.rows import ImageLayout, View
+from pipeline.settings import ModelSettings
+from pipeline.templates import gemma_it
+
+_ARCHITECTURES = ("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM")
+_MODEL_TYPES = ("gemma3", "gemma3_text")
+_FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_TEXT_DEFAULTS = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+}
+_VISION_DEFAULTS = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 896,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+}
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's keys: nested beside a tower, at the top of a text model."""
+    return {**_TEXT_DEFAULTS, **(config.get("text_config") or config)}
+
+
+def vision_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The tower's keys; None for a text model."""
+    vision = config.get("vision_config")
+    return {**_VISION_DEFAULTS, **vision} if isinstance(vision, dict) else None
+
+
+def matches(config: Mapping[str, Any]) -> bool:
+    """True for a Gemma 3 checkpoint, judged by its plain config.json."""
+    names = config.get("architectures") or []
+    named = any(name in _ARCHITECTURES for name in names)
+    if not named and (names or config.get("model_type") not in _MODEL_TYPES):
+        return False
+    nested = isinstance(config.get("text_config"), dict)
+    return nested or "num_hidden_layers" in config
+
+
+def build(checkpoint: Checkpoint, settings: ModelSettings) -> Gemma3:
+    return Gemma3(checkpoint, settings)
+
+
+class Gemma3(Family):
+    """A Gemma 3 checkpoint without its weights."""
+
+    name = "gemma3"
+    templates = ("gemma-it",)
+    template = gemma_it.TEMPLATE
+
+    def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
+        config = checkpoint.config
+        text, vision = text_config(config), vision_config(config)
+        if text.get("use_bidirectional_attention"):
+            raise UserError(f"model.id {settings.id!r} is an embedding model: it writes no text")
+        token = config.get("image_token_index", config.get("image_token_id", 262_144))
+        self.image_token_id = int(token)
+        self.context_length = int(text["max_position_embeddings"])
+        self.eos_token_ids = end_tokens(checkpoint, config, self.template)
+        self.default_sampling = default_sampling(checkpoint.generation_config)
+        self.sizes = _sizes(text, vision, int(config.get("mm_tokens_per_image") or 256))
+        self._layout: ImageLayout | None = None
+        if vision is None:
+            self.takes = frozenset()
+        else:
+            self._read_processor(checkpoint.preprocessor_config, config, vision)
+
+    def _read_processor(
+        self, processor: Mapping[str, Any], config: Mapping[str, Any], vision: Mapping[str, Any]
+    ) -> None:
+        self.image_mean = tuple(processor.get("image_mean") or (0.5, 0.5, 0.5))
+        self.image_std = tuple(processor.get("image_std") or (0.5, 0.5, 0.5))
+        side, patches = int(vision["image_size"]), int(vision["image_size"]) // vision["patch_size"]
+        size = processor.get("size") or {}
+        if size and (size.get("height"), size.get("width")) != (side, side):
+            raise UserError(
+                f"preprocessor_config.json resizes images to {size}, the tower takes {side} pixels."
+            )
+        view = View(side, side, (side, side), filter=_FILTERS[processor.get("resample", 2)])
+        tokens = int(config.get("mm_tokens_per_image") or 256)
+        self._layout = ImageLayout(side, side, (1, patches, patches), tokens, (view,))
+
+    def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
+        """Every image is squeezed into the same square."""
+        if self._layout is None:
+            raise RowError("unsupported_input", "The model is a text model and takes no images.")
+        return self._layout
+
+
+def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any] | None, tokens: int) -> ModelSizes:
+    hidden, layers, head_dim = text["hidden_size"], text["num_hidden_layers"], text["head_dim"]
+    heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    layer = attention + 3 * hidden * text["intermediate_size"]
+    embedding = hidden * text["vocab_size"]
+    common = {
+        "num_layers": layers,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "num_heads": heads,
+        "decoder_params": layers * layer,
+        "embedding_params": embedding,
+    }
+    if vision is None:
+        return ModelSizes(**common)
+    width, depth = vision["hidden_size"], vision["num_hidden_layers"]
+    return ModelSizes(
+        **common,
+        vision_params=depth * (4 * width * width + 2 * width * vision["intermediate_size"]),
+        projector_params=width * hidden,
+        patches_per_token=(vision["image_size"] // vision["patch_size"]) ** 2 // tokens,
+        vision_width=width,
+        vision_full_blocks=depth,
+    )
