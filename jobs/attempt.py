@@ -61,9 +61,16 @@ class Attempt:
     def answers(self) -> dict[tuple[int, str], Answer]:
         return self._answers
 
-    def work(self) -> ShardWork:
-        """What the labeller is asked for."""
-        return ShardWork(self.shard, self._rows_until_halted(), frozenset(self._answers))
+    def rows_left(self) -> list[int]:
+        """Rows that lack an answer."""
+        return list(self._missing)
+
+    def work(self, only: Collection[int] | None = None) -> ShardWork:
+        """What the labeller is asked for: all rows, or only some."""
+        rows = self._rows_until_halted()
+        if only is not None:
+            rows = self._portion(rows, frozenset(only))
+        return ShardWork(self.shard, rows, frozenset(self._answers))
 
     def receive(self, answer: Answer) -> tuple[bool, bool]:
         """Take an answer; says whether it is new, and whether its row now has all answers."""
@@ -100,6 +107,15 @@ class Attempt:
             if self._is_halted():
                 return
             yield row
+
+    @staticmethod
+    def _portion(rows: Iterator[Row], only: frozenset[int]) -> Iterator[Row]:
+        last = max(only)
+        for row in rows:
+            if row.index in only:
+                yield row
+            if row.index >= last:
+                return
 
     def _rows(self) -> Iterator[Row]:
         kept: list[KeptRow] = []

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from jobs.faults import fault
 from jobs.part import PartDamaged, PartInfo, footer_size, read_info, write_part
-from jobs.paths import RunPaths, part_shard
+from jobs.paths import RunPaths, part_shard, shard_id, shard_number
 from jobs.plan import Plan, Shard
 from jobs.storage import StorageError
 from jobs.table import count_states
@@ -68,15 +68,22 @@ def committed_shards(paths: RunPaths) -> set[str]:
 
 
 def pending_shards(paths: RunPaths, plan: Plan) -> Iterable[Shard]:
-    """Planned shards without a part of their revision: at most two listings."""
-    redone = {}
+    """Planned shards without a part of their revision, in order: a few listings."""
+    for number in sorted(pending_numbers(paths, plan)):
+        yield plan.shard(shard_id(number))
+
+
+def pending_numbers(paths: RunPaths, plan: Plan) -> set[int]:
+    """The same as shard numbers."""
     if plan.has_revisions:
         finish_redos(paths)
+    pending = set(plan.numbers()) - {shard_number(shard) for shard in committed_shards(paths)}
+    if plan.has_revisions:
         redone = redone_shards(paths)
-    committed = committed_shards(paths)
-    for shard in plan:
-        if shard.id not in committed or redone.get(shard.id, 0) < shard.revision:
-            yield shard
+        pending |= {
+            shard_number(shard.id) for shard in plan if redone.get(shard.id, 0) < shard.revision
+        }
+    return pending
 
 
 def is_committed(paths: RunPaths, shard: Shard) -> bool:

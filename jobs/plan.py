@@ -8,22 +8,18 @@ their meaning, except that a redone shard gets a higher revision. Knows nothing 
 from __future__ import annotations
 
 import bisect
-import json
 import logging
-import re
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from jobs.faults import fault
 from jobs.paths import RunPaths, shard_id, shard_number
+from jobs.plan_parts import read_parts, write_part
 from jobs.storage import StorageError
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 MAX_RACES = 100  # other processes that planned between our reading and our writing
-_PART = re.compile(r"part-(\d+)\.jsonl")
 
 
 class InputFile(Protocol):
@@ -89,7 +85,13 @@ class Redo:
 class Plan:
     """All spans, the newest revision of each."""
 
-    def __init__(self, spans: Iterable[Span], num_parts: int, redos: Iterable[Redo]) -> None:
+    def __init__(
+        self,
+        spans: Iterable[Span],
+        num_parts: int,
+        redos: Iterable[Redo] = (),
+        moves: Sequence[tuple[str, str]] = (),
+    ) -> None:
         newest: dict[tuple[int, str, bool], Span] = {}
         for span in spans:
             key = (span.first_shard, span.path, span.num_shards > 0)
@@ -97,6 +99,7 @@ class Plan:
                 newest[key] = span
         self.spans = sorted(newest.values(), key=lambda span: span.first_shard)
         self.num_parts = num_parts
+        self._moves = moves
         self._redos: dict[int, list[Redo]] = {}
         for redo in redos:
             self._redos.setdefault(redo.shard, []).append(redo)
@@ -124,10 +127,12 @@ class Plan:
     def __len__(self) -> int:
         return self.num_shards
 
-    def ids(self) -> Iterator[str]:
+    def numbers(self) -> Iterator[int]:
         for span in self.spans:
-            for number in range(span.first_shard, span.first_shard + span.num_shards):
-                yield shard_id(number)
+            yield from range(span.first_shard, span.first_shard + span.num_shards)
+
+    def ids(self) -> Iterator[str]:
+        return map(shard_id, self.numbers())
 
     def shard(self, id_: str) -> Shard:
         """Raises: KeyError."""
@@ -153,6 +158,12 @@ class Plan:
         for spans in files.values():
             spans.sort(key=lambda span: span.start)
         return files
+
+    def is_same_file(self, old: str, path: str) -> bool:
+        """Whether `path` is what the plan once knew as `old`."""
+        for before, after in self._moves:
+            old = after if old == before else old
+        return old == path
 
     def missing(self, files: Iterable[InputFile]) -> list[str]:
         """Planned files that the input no longer has."""
@@ -183,15 +194,22 @@ def load_plan(paths: RunPaths) -> Plan:
     """Read all parts. Raises: UserError when one is damaged."""
     spans: list[Span] = []
     redos: list[Redo] = []
-    numbers = _part_numbers(paths)
-    for number in numbers:
-        for record in _read_part(paths, number):
-            if record.pop("kind") == "redo":
+    moves: list[tuple[str, str]] = []
+    num_parts = 0
+    for records in read_parts(paths):
+        num_parts += 1
+        for record in records:
+            kind = record.pop("kind")
+            if kind == "span":
+                spans.append(Span(**record))
+            elif kind == "redo":
                 codes = record.pop("codes")
                 redos.append(Redo(**record, codes=None if codes is None else tuple(codes)))
             else:
-                spans.append(Span(**record))
-    return Plan(spans, len(numbers), redos)
+                old, new = record["old"], record["new"]
+                moves.append((old, new))
+                spans = [replace(s, path=new) if s.path == old else s for s in spans]
+    return Plan(spans, num_parts, redos, moves)
 
 
 def grow_plan(
@@ -209,11 +227,15 @@ def grow_plan(
     """
     for _ in range(MAX_RACES):
         plan = load_plan(paths)
+        moves = _moves(plan, files)
+        if moves:
+            write_part(paths, plan.num_parts, moves)
+            continue
         news = _new_spans(plan, files, rows_per_shard, limit, changed)
         if not news:
             return plan
         records = [{"kind": "span", **asdict(span)} for span in news]
-        if _write_part(paths, plan.num_parts, records):
+        if write_part(paths, plan.num_parts, records):
             log.info("planned %d shards", sum(span.num_shards for span in news))
     raise StorageError(f"{paths.plan_folder} grew {MAX_RACES} times while it was read")
 
@@ -233,7 +255,7 @@ def redo_shards(
         records = [{"kind": "redo", **asdict(redo)} for redo in redos]
         if not records:
             return plan
-        if _write_part(paths, plan.num_parts, records):
+        if write_part(paths, plan.num_parts, records):
             return load_plan(paths)
     raise StorageError(f"{paths.plan_folder} grew {MAX_RACES} times while it was read")
 
@@ -268,6 +290,22 @@ def _new_spans(
     return news
 
 
+def _moves(plan: Plan, files: Sequence[InputFile]) -> list[dict[str, Any]]:
+    """Planned files that are gone, and stand under a new name with the same content."""
+    known = plan.files()
+    gone: dict[str, list[str]] = {}
+    for path in reversed(plan.missing(files)):
+        spans = [span for span in known[path] if span.num_shards]
+        if spans:
+            gone.setdefault(spans[-1].fingerprint, []).append(path)
+    moves = []
+    for file in files:
+        if file.path not in known and gone.get(file.fingerprint):
+            old = gone[file.fingerprint].pop()
+            moves.append({"kind": "move", "old": old, "new": file.path})
+    return moves
+
+
 def _span(file: InputFile, start: int, stop: int, first_shard: int, rows_per_shard: int) -> Span:
     return Span(
         path=file.path,
@@ -298,48 +336,3 @@ def _redone(span: Span, plan: Plan, file: InputFile, num_rows: int) -> Span:
 def _same(spans: Sequence[Span], file: InputFile) -> bool:
     """Whether a file is still what its shards were planned from; one without shards always is."""
     return all(span.fingerprint == file.fingerprint for span in spans if span.num_shards)
-
-
-def _part_numbers(paths: RunPaths) -> list[int]:
-    matches = (_PART.fullmatch(name) for name in paths.storage.names(paths.plan_folder))
-    numbers = sorted(int(match[1]) for match in matches if match is not None)
-    if numbers != list(range(len(numbers))):
-        raise UserError(
-            f"{paths.url(paths.plan_folder)} has lost a part (it has {numbers}): restore it from a "
-            "backup, or start a new run folder."
-        )
-    return numbers
-
-
-def _write_part(paths: RunPaths, number: int, records: Sequence[dict[str, Any]]) -> bool:
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    body = "".join(f"{line}\n" for line in lines).encode()
-    fault("plan.before_write")
-    made = paths.storage.write_exclusive(paths.plan_part(number), body + _end(body))
-    fault("plan.after_write")
-    return made
-
-
-def _end(body: bytes) -> bytes:
-    """The last line of a part, which proves the others."""
-    end = {"kind": "end", "lines": body.count(b"\n"), "crc32": zlib.crc32(body)}
-    return json.dumps(end).encode() + b"\n"
-
-
-def _read_part(paths: RunPaths, number: int) -> list[dict[str, Any]]:
-    name = paths.plan_part(number)
-    try:
-        data = paths.storage.read(name)
-    except FileNotFoundError as error:
-        raise StorageError(f"{name} went away while it was read") from error
-    body = data[: data.rstrip(b"\n").rfind(b"\n") + 1]
-    try:
-        if data != body + _end(body):
-            raise ValueError("its checksum does not hold")
-        records: list[dict[str, Any]] = [json.loads(line) for line in body.splitlines()]
-    except ValueError as error:
-        raise UserError(
-            f"{paths.url(name)} is damaged ({error}): restore it from a backup, or start a new run "
-            "folder."
-        ) from error
-    return records

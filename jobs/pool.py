@@ -130,8 +130,9 @@ class WorkerPool:
     def _heard(self, member: Member, line: str) -> None:
         told = json.loads(line)
         member.heard_at = time.monotonic()
-        if "counts" in told:
+        if "counts" in told or "alive" in told:
             member.deaths = 0
+        if "counts" in told:
             self.progress.add(Counts(**told["counts"]))
         if "stage" in told:
             self.progress.stage(told["stage"])

@@ -68,6 +68,9 @@ class Progress:
             self._stream.write(text + "\n")
             self._stream.flush()
 
+    def alive(self) -> None:
+        """A sign of life without a count: nothing to show."""
+
     def found(self, rows: int) -> None:
         """`rows` more were done by others; below 0, were counted and must be found again."""
         with self._lock:

@@ -32,9 +32,8 @@ def kept_answers(
     try:
         data: bytes | Path = local or paths.storage.read(paths.part(shard.id))
         info = check_part(data)
-        made_from = (info.input["path"], info.input["start"], info.input["stop"])
-        same_input = made_from == (shard.path, shard.start, shard.stop)
-        if not same_input or info.input["fingerprint"] != shard.fingerprint:
+        made_from = tuple(info.input[key] for key in ("fingerprint", "start", "stop"))
+        if made_from != (shard.fingerprint, shard.start, shard.stop):
             return {}, {}
         codes = plan.redo_codes(shard, above=info.revision)
         return ({}, {}) if codes is None else answers_of(read_part(data), shard.id, codes)

@@ -54,6 +54,7 @@ def run_job(config: JobConfig, options: Options) -> Outcome:
             return Outcome(EXIT_OK, "nothing to do: every row has its state", {"rows": 0})
         progress = Progress(job.plan.num_rows, job.plan.num_rows - left)
         Events(job.paths).write("start", rows_left=left)
+        stop.before_hard_exit(lambda: progress.note(_stopped(stop)))
         try:
             outcome = _run(job, options, stop, progress)
         finally:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Collection
 from typing import NamedTuple
 
-from jobs.commit import is_committed, pending_shards
+from jobs.commit import is_committed, pending_numbers
 from jobs.leases import Lease, Leases
 from jobs.paths import RunPaths, shard_id, shard_number
 from jobs.plan import Plan, Shard
@@ -78,7 +78,7 @@ class ShardQueue:
 
     def refresh(self) -> None:
         """List the run folder: what is committed, and what is held."""
-        self._left = {shard_number(shard.id) for shard in pending_shards(self.paths, self.plan)}
+        self._left = pending_numbers(self.paths, self.plan)
         claims = self.leases.refresh()
         done = {shard for shard in claims if shard_number(shard) not in self._left}
         self.leases.sweep(done)

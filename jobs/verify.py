@@ -115,7 +115,7 @@ def _check_parts(
 ) -> None:
     def check(shard: Shard) -> tuple[Shard, Counter[str], str | None]:
         try:
-            return shard, _check_part(paths, manifest, shard), None
+            return shard, _check_part(paths, manifest, plan, shard), None
         except FileNotFoundError:
             return shard, Counter(), "is gone"
         except PartDamaged as error:
@@ -137,7 +137,7 @@ def _batches(shards: Iterator[Shard], size: int) -> Iterator[list[Shard]]:
         yield batch
 
 
-def _check_part(paths: RunPaths, manifest: Manifest, shard: Shard) -> Counter[str]:
+def _check_part(paths: RunPaths, manifest: Manifest, plan: Plan, shard: Shard) -> Counter[str]:
     """Raises: PartDamaged saying what is wrong."""
     local = paths.local(paths.part(shard.id))
     data: bytes | Path = local if local is not None else paths.storage.read(paths.part(shard.id))
@@ -145,8 +145,10 @@ def _check_part(paths: RunPaths, manifest: Manifest, shard: Shard) -> Counter[st
     for key, value in expected(shard, manifest.fingerprint).items():
         if getattr(info, key) != value:
             raise PartDamaged(f"its record says {key} {getattr(info, key)!r}, the plan {value!r}")
-    planned = {"path": shard.path, "start": shard.start, "stop": shard.stop}
-    for key, value in (planned | {"fingerprint": shard.fingerprint}).items():
+    if not plan.is_same_file(info.input.get("path", ""), shard.path):
+        raise PartDamaged(f"it was made from {info.input.get('path')!r}, not {shard.path!r}")
+    planned = {"start": shard.start, "stop": shard.stop, "fingerprint": shard.fingerprint}
+    for key, value in planned.items():
         if info.input.get(key) != value:
             raise PartDamaged(
                 f"it was made from input {key} {info.input.get(key)!r}, not {value!r}"

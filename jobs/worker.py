@@ -12,25 +12,24 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
-from jobs.attempt import Attempt
-from jobs.commit import clean_private, commit_shard
+from jobs.commit import commit_shard
 from jobs.events import Events
+from jobs.isolation import CRASHED
 from jobs.job import Job
-from jobs.journal import JournalWriter, delete_journals, read_journals
+from jobs.journal import delete_journals
 from jobs.labellers import labeller_class
 from jobs.leases import Leases
+from jobs.open_shard import OpenShard, open_shard
 from jobs.progress import Counts
-from jobs.redo import kept_answers
 from jobs.shard_queue import ShardQueue, Ticket
 from jobs.signals import StopRequest
 from jobs.storage import StorageError
 from jobs.table import build_table
-from pipeline.errors import EngineError, UserError
-from pipeline.rows import Answer, Row, ShardWork
+from pipeline.errors import EngineError, RowError, UserError
+from pipeline.rows import Answer, RequestKey, Row, ShardWork
 
 log = logging.getLogger(__name__)
 FIRST_WAIT_SEC = 0.2
@@ -44,20 +43,11 @@ class Reporter(Protocol):
     def found(self, rows: int) -> None: ...
     def stage(self, text: str) -> None: ...
     def note(self, text: str) -> None: ...
+    def alive(self) -> None: ...
 
 
 class WorkerFailed(Exception):
     """The worker cannot go on; the message is for the person who runs it."""
-
-
-@dataclass
-class OpenShard:
-    """A shard at work here: its claim, its answers, its journal."""
-
-    ticket: Ticket
-    attempt: Attempt
-    journal: JournalWriter
-    made_by: dict[tuple[int, str], str]  # attempt of each answer that was found
 
 
 class Worker:
@@ -80,6 +70,7 @@ class Worker:
         self.num_committed = 0
         self.given_up: dict[str, str] = {}  # shards with the reason
         self._open: dict[str, OpenShard] = {}
+        self._suspected: list[OpenShard] = []
         self._lock = threading.RLock()
         self._labeller: Any = None
         self._stats: dict[str, Any] = {}
@@ -103,11 +94,15 @@ class Worker:
                 first = next(works, None)
                 if first is not None:
                     self._label(chain([first], works))
-                    wait_sec = FIRST_WAIT_SEC
+                had_work = first is not None or bool(self._suspected)
+                while self._suspected:
+                    self._label_in_portions(self._suspected.pop())
                 self._finish_commits()
-                if first is None and self._is_over():
+                if had_work:
+                    wait_sec = FIRST_WAIT_SEC
+                elif self._is_over():
                     break
-                if first is None:
+                else:
                     self.progress.stage("waiting for shards that other workers hold")
                     self.stop.wait(wait_sec)
                     wait_sec = min(wait_sec * 1.5, MAX_WAIT_SEC, self.leases.ttl_sec / 4)
@@ -144,7 +139,11 @@ class Worker:
                 return
             if shard.attempt.is_complete:
                 self._submit(shard)
+            elif shard.suspicion is not None:
+                self._suspected.append(shard)  # its turn comes when nothing else is under way
+                return
             else:
+                shard.begin()
                 yield shard.attempt.work()
 
     def _take(self) -> OpenShard | None:
@@ -153,35 +152,13 @@ class Worker:
         return None if ticket is None else self._begin(ticket)
 
     def _begin(self, ticket: Ticket) -> OpenShard:
-        job, shard = self.job, ticket.shard
-        state = read_journals(job.paths, shard.id, job.fingerprint, shard.revision)
-        if state.attempts:
-            clean_private(job.paths, shard.id)
-        kept, kept_by = kept_answers(job.paths, job.plan, shard)
-        answers, made_by = kept | state.answers, kept_by | state.made_by
-        attempt = Attempt(
-            shard.id,
-            shard.num_rows,
-            job.config.prompt_names(),
-            job.config.input.keep,
-            lambda: self._read(ticket),
-            answers,
-            is_halted=lambda: bool(self.stop),
-        )
-        journal = JournalWriter(
-            job.paths,
-            shard.id,
-            ticket.lease.attempt,
-            job.fingerprint,
-            shard.revision,
-            job.config.checkpoint.interval_sec,
-        )
-        opened = OpenShard(ticket, attempt, journal, made_by)
+        shard = open_shard(self.job, ticket, lambda: self._read(ticket), lambda: bool(self.stop))
         with self._lock:
-            self._open[shard.id] = opened
-        self.progress.found(attempt.num_rows_done)
-        self.events.write("take", shard=shard.id, attempt=ticket.lease.attempt, found=len(answers))
-        return opened
+            self._open[shard.id] = shard
+        self.progress.found(shard.attempt.num_rows_done)
+        found = len(shard.attempt.answers)
+        self.events.write("take", shard=shard.id, attempt=ticket.lease.attempt, found=found)
+        return shard
 
     def _read(self, ticket: Ticket) -> Iterator[Row]:
         shard = ticket.shard
@@ -200,7 +177,7 @@ class Worker:
                 return
             for answer in labeller.label(works):
                 self._receive(answer)
-            if self._open_incomplete() and not self.stop:
+            if self._misses_answers() and not self.stop:
                 raise EngineError("the labeller ended before all its answers were there")
         except Exception as error:  # noqa: BLE001 - a broken device raises whatever it likes
             # NOTE: what went wrong where the labeller pulled may reach us in another coat.
@@ -241,9 +218,32 @@ class Worker:
             self._submit(shard)
         self._raise_commit_errors()
 
-    def _open_incomplete(self) -> bool:
+    def _misses_answers(self) -> bool:
         with self._lock:
-            return any(not shard.attempt.is_complete for shard in self._open.values())
+            opened = [shard for shard in self._open.values() if shard.suspicion is None]
+        return any(not shard.attempt.is_complete for shard in opened)
+
+    def _label_in_portions(self, shard: OpenShard) -> None:
+        """Label a shard that workers have died of, so that the next death tells more."""
+        assert shard.suspicion is not None
+        self.progress.note(f"{shard.id}: workers have died of it; it is done in portions")
+        shard.begin()
+        for row in shard.suspicion.crashed:
+            for prompt in self.job.config.prompt_names():
+                key = RequestKey(shard.id, row, prompt)
+                self._receive(Answer.failed(key, RowError(CRASHED)))
+        for portion in shard.suspicion.portions:
+            with self._lock:
+                if self.stop or shard.id not in self._open:
+                    return
+            shard.journal.note(trying=portion)
+            shard.journal.flush()
+            if shard.suspicion.narrows(portion):
+                self._failures[shard.id] = self._failures_in_a_row = 0
+                self.progress.alive()
+            self._label(iter([shard.attempt.work(portion)]))
+            if not self.stop and set(portion).isdisjoint(shard.attempt.rows_left()):
+                shard.journal.note(tried=portion)
 
     def _lose(self, shard: OpenShard) -> None:
         """Another worker has taken the shard over: leave it the work."""
@@ -262,8 +262,7 @@ class Worker:
     def _commit(self, shard: OpenShard) -> None:
         job, ticket = self.job, shard.ticket
         rows = shard.attempt.kept_rows()
-        made_by = dict.fromkeys(shard.attempt.answers, ticket.lease.attempt) | shard.made_by
-        table = build_table(job.schema, rows, shard.attempt.answers, made_by)
+        table = build_table(job.schema, rows, shard.attempt.answers, shard.all_made_by())
         won = commit_shard(
             job.paths,
             ticket.shard,

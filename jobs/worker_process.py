@@ -46,6 +46,9 @@ class PipeProgress:
     def note(self, text: str) -> None:
         self.send({"note": text})
 
+    def alive(self) -> None:
+        self.send({"alive": True})
+
     def found(self, rows: int) -> None:
         self.send({"found": rows})
 

@@ -38,8 +38,11 @@ def test_a_labeller_that_hangs_is_left(job: JobFolder) -> None:
     job.wait_for("leases/*.json")
     time.sleep(0.5)
     began = time.monotonic()
-    assert end(process, signal.SIGTERM) == 75
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75
     assert time.monotonic() - began < 10
+    assert "run the same command again" in err
     assert not list((job.out / "leases").iterdir())
     assert job.run().returncode == 0
 

@@ -102,6 +102,25 @@ def test_limit_grows(paths: RunPaths) -> None:
     assert len(rows_of(grow_plan(paths, files, 4, limit=1))) == 20
 
 
+def test_moved_files_are_the_same_files(paths: RunPaths) -> None:
+    """Another spelling of the same path, a moved folder: nothing is doubled."""
+    old = [File("data/a", 7, "fa"), File("data/b", 5, "fb"), File("data/c", 5, "fb")]
+    before = grow_plan(paths, old, 3)
+    new = [File(f"/abs/{f.path}", f.num_rows, f.fingerprint) for f in old]
+    plan = grow_plan(paths, [*new, File("/abs/data/d", 2, "fd")], 3)
+    check(plan, {"/abs/data/a": 7, "/abs/data/b": 5, "/abs/data/c": 5, "/abs/data/d": 2})
+    moved = [(s.id, s.start, s.stop, f"/abs/{s.path}") for s in before]
+    assert [(s.id, s.start, s.stop, s.path) for s in plan][: len(moved)] == moved
+    assert plan.is_same_file("data/a", "/abs/data/a")
+    assert not plan.is_same_file("data/a", "/abs/data/b")
+    back = grow_plan(paths, [*old, File("/abs/data/d", 2, "fd")], 3)
+    check(back, {"data/a": 7, "data/b": 5, "data/c": 5, "/abs/data/d": 2})
+    assert back.is_same_file("data/a", "data/a")
+    assert back.is_same_file("/abs/data/a", "data/a")
+    copies = [*old, File("/abs/data/d", 2, "fd"), File("data/copy", 7, "fa")]
+    check(grow_plan(paths, copies, 3), {**{f.path: f.num_rows for f in copies}})
+
+
 def test_many_plan_at_once(paths: RunPaths) -> None:
     files = [File(f"f{i}", 7) for i in range(20)]
     plans: list[Plan] = []
@@ -158,7 +177,7 @@ def test_a_lost_part_is_told(paths: RunPaths) -> None:
 
 
 def test_an_endless_race_ends(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.plan._write_part", lambda *_: False)
+    monkeypatch.setattr("jobs.plan.write_part", lambda *_: False)
     with pytest.raises(StorageError, match="grew 100 times"):
         grow_plan(paths, [File("a", 1)], 1)
 
