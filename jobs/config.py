@@ -56,6 +56,9 @@ class RetrySettings(Settings):
     """How often a shard is tried."""
 
     attempts: int = Field(3, ge=1, description="Tries at one shard by one run before it gives up.")
+    watchdog_sec: float = Field(
+        1800.0, gt=0, description="A worker process without progress for as long is restarted."
+    )
 
 
 class JobConfig(LabelSettings):

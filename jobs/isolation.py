@@ -1,8 +1,9 @@
 """Finds the row that brings workers down, by what dead attempts have left in their journals.
 
-When attempts at a shard die without a single answer, the shard is handed out in portions, one at a
-time: rows that no dead attempt was at come first, then the portion that a death left, cut finer. A
-row that was alone twice when its worker died is given up with `worker_crash`. Knows no process.
+When attempts at a shard die without a single answer, or again and again, the shard is handed out
+in portions, one at a time: rows that no dead attempt was at come first, then the portion that a
+death left, cut finer. A row that was alone twice when a worker died that had just proved itself
+with another row is given up with `worker_crash`. Knows no process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from jobs.journal import JournalState
 
 NUM_PORTIONS = 16  # a portion is cut into as many: 4096 rows are 3 deaths from a single one
 MAX_BARREN = 2  # attempts that may die without an answer before a shard is suspected
+MAX_DEATHS = 4  # attempts that may die at all
 MAX_ALONE = 2  # deaths of a row on its own
 CRASHED = "worker_crash"
 CLEAN_ENDINGS = ("stopped", "hard exit")
@@ -29,60 +31,52 @@ class Suspicion:
     portions: list[Portion] = field(default_factory=list)  # the rest, in the order to try
     failed: list[Portion] = field(default_factory=list)  # portions that earlier attempts died at
 
-    def narrows(self, portion: Portion) -> bool:
-        """Whether a death at this portion would tell more than the deaths so far."""
-        return self.failed.count(portion) < (MAX_ALONE if len(portion) == 1 else 1)
+    def is_dubious(self, portion: Portion) -> bool:
+        """Whether a worker has died of these rows: one that tries them must prove itself first."""
+        rows = frozenset(portion)
+        return any(not rows.isdisjoint(failed) for failed in self.failed)
+
+    def suspects(self) -> frozenset[int]:
+        """Rows that no worker may prove itself with."""
+        return frozenset(row for failed in self.failed for row in failed)
 
 
 def suspect(state: JournalState, unanswered: Collection[int]) -> Suspicion | None:
     """None for a shard that is not suspected."""
-    if len(_barren(state)) < MAX_BARREN:
+    died = _deaths(state)
+    barren = set(died) - set(state.made_by.values())
+    if len(barren) < MAX_BARREN and len(died) < MAX_DEATHS:
         return None
-    failed = _failed_portions(state)
+    trials = _failed_trials(state)
+    failed = [portion for portion, _ in trials]
+    proved = [portion for portion, was_proved in trials if was_proved]
     left = sorted(unanswered)
-    healthy = _was_healthy(state)
-    crashed = [r for r in left if failed.count((r,)) >= MAX_ALONE and healthy]
+    crashed = [row for row in left if proved.count((row,)) >= MAX_ALONE]
     left = [row for row in left if row not in set(crashed)]
     return Suspicion(crashed, _portions(left, failed), failed)
 
 
-def _barren(state: JournalState) -> list[str]:
-    """Attempts that had begun to label, answered nothing and did not end of their own will."""
-    fruitful = set(state.made_by.values())
+def _deaths(state: JournalState) -> list[str]:
+    """Attempts that had begun to label and did not end of their own will."""
     begun = {attempt for attempt, note in state.notes if "begun" in note}
-    return [a for a in state.attempts if a in begun - fruitful - _ended_cleanly(state)]
+    clean = _ended_cleanly(state)
+    return [attempt for attempt in state.attempts if attempt in begun and attempt not in clean]
 
 
 def _ended_cleanly(state: JournalState) -> set[str]:
     return {attempt for attempt, note in state.notes if note.get("end") in CLEAN_ENDINGS}
 
 
-def _failed_portions(state: JournalState) -> list[Portion]:
-    """The portion that each attempt was at when it died."""
-    trying: dict[str, Portion | None] = {}
+def _failed_trials(state: JournalState) -> list[tuple[Portion, bool]]:
+    """The portion that each attempt died at, and whether its worker had proved itself before."""
+    trying: dict[str, tuple[Portion, bool] | None] = {}
     for attempt, note in state.notes:
         if "trying" in note:
-            trying[attempt] = tuple(note["trying"])
+            trying[attempt] = tuple(note["trying"]), bool(note.get("proved"))
         elif "tried" in note:
             trying[attempt] = None
     clean = _ended_cleanly(state)
-    return [rows for attempt, rows in trying.items() if rows is not None and attempt not in clean]
-
-
-def _was_healthy(state: JournalState) -> bool:
-    """Whether a row was answered since the last one was given up.
-
-    Otherwise the device may be at fault and not the row: then all would end as crashed.
-    """
-    last_crash = max(
-        (state.made_by[key] for key, a in state.answers.items() if a.error_code == CRASHED),
-        default="",
-    )
-    return any(
-        state.made_by[key] >= last_crash
-        for key, answer in state.answers.items()
-        if answer.error_code is None
-    )
+    return [trial for name, trial in trying.items() if trial is not None and name not in clean]
 
 
 def _portions(rows: Sequence[int], failed: Sequence[Portion]) -> list[Portion]:

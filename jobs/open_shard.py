@@ -5,8 +5,9 @@ Knows how an attempt begins; the worker drives it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from jobs.attempt import Attempt
 from jobs.commit import clean_private
@@ -15,7 +16,8 @@ from jobs.job import Job
 from jobs.journal import JournalWriter, read_journals
 from jobs.redo import kept_answers
 from jobs.shard_queue import Ticket
-from pipeline.rows import Row
+from jobs.storage import StorageError
+from pipeline.rows import Row, ShardWork
 
 
 @dataclass
@@ -37,9 +39,16 @@ class OpenShard:
         ours = dict.fromkeys(self.attempt.answers, self.ticket.lease.attempt)
         return ours | self.made_by
 
-    def begin(self) -> None:
-        """The labeller has the rows: from here on a death may be theirs."""
-        self.journal.note(begun=True)
+    def work(self, only: Collection[int] | None = None) -> ShardWork:
+        """What the labeller is asked for: all rows, or only some."""
+        work = self.attempt.work(only)
+        return replace(work, rows=self._noted(work.rows))
+
+    def _noted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The labeller takes the rows: from here on a death may be theirs."""
+        with contextlib.suppress(StorageError):  # the next answer finds it again
+            self.journal.note(begun=True)
+        yield from rows
 
 
 def open_shard(

@@ -20,7 +20,7 @@ from typing import Any
 from jobs.progress import Counts, Progress
 from jobs.signals import EXIT_STOPPED, GRACE_SEC, StopRequest
 
-RESTART_WAIT_SEC = 1.0
+RESTART_WAIT_SEC = 0.3
 FINAL_CODES = (0, 1, 2, EXIT_STOPPED)  # a worker that ended by itself; all else is a death
 
 
@@ -49,7 +49,7 @@ class WorkerPool:
         progress: Progress,
         *,
         attempts: int,
-        watchdog_sec: float | None,
+        watchdog_sec: float,
     ) -> None:
         self.config = config
         self.stop = stop
@@ -95,7 +95,7 @@ class WorkerPool:
             if self.stop or member.deaths >= self.attempts:
                 member.code = EXIT_STOPPED if self.stop else 1
                 return
-            self.stop.wait(RESTART_WAIT_SEC * 2 ** (member.deaths - 1))
+            self.stop.wait(RESTART_WAIT_SEC * 4 ** (member.deaths - 1))
 
     def _live(self, member: Member) -> int:
         """One process from start to end; returns its exit status."""
@@ -145,11 +145,8 @@ class WorkerPool:
 
     def _start_watchdog(self, member: Member, process: subprocess.Popen[bytes]) -> threading.Event:
         ended = threading.Event()
-        if self.watchdog_sec is not None:
-            limit = self.watchdog_sec
-            threading.Thread(
-                target=_watch, args=(member, process, limit, ended, self.progress.note), daemon=True
-            ).start()
+        watched = (member, process, self.watchdog_sec, ended, self.progress.note)
+        threading.Thread(target=_watch, args=watched, daemon=True).start()
         return ended
 
 
@@ -162,7 +159,7 @@ def _watch(
 ) -> None:
     while not ended.wait(min(limit_sec / 4, 5.0)):
         if time.monotonic() - member.heard_at > limit_sec:
-            note(f"worker {member.number} made no progress for {limit_sec:.0f} s: killed")
+            note(f"worker {member.number} made no progress for {limit_sec:g} s: killed")
             process.kill()
             return
 

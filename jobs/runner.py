@@ -30,7 +30,7 @@ class Options:
     workers: int | None = None  # None: one a visible device, else one in this process
     changed: str = "refuse"
     stop_after_sec: float | None = None
-    watchdog_sec: float | None = None
+    watchdog_sec: float | None = None  # None: as the config says
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _run_pool(
         stop,
         progress,
         attempts=job.config.retry.attempts,
-        watchdog_sec=options.watchdog_sec,
+        watchdog_sec=options.watchdog_sec or job.config.retry.watchdog_sec,
     )
     members = pool.run()
     outcome = _outcome_of(members, stop, job.num_rows_left())

@@ -17,19 +17,19 @@ from typing import Any, Protocol
 
 from jobs.commit import commit_shard
 from jobs.events import Events
-from jobs.isolation import CRASHED
 from jobs.job import Job
 from jobs.journal import delete_journals
 from jobs.labellers import labeller_class
 from jobs.leases import Leases
 from jobs.open_shard import OpenShard, open_shard
+from jobs.portions import Hands, label_in_portions
 from jobs.progress import Counts
 from jobs.shard_queue import ShardQueue, Ticket
 from jobs.signals import StopRequest
 from jobs.storage import StorageError
 from jobs.table import build_table
-from pipeline.errors import EngineError, RowError, UserError
-from pipeline.rows import Answer, RequestKey, Row, ShardWork
+from pipeline.errors import EngineError, UserError
+from pipeline.rows import Answer, Row, ShardWork
 
 log = logging.getLogger(__name__)
 FIRST_WAIT_SEC = 0.2
@@ -76,6 +76,7 @@ class Worker:
         self._stats: dict[str, Any] = {}
         self._failures: Counter[str] = Counter()  # of each shard, without progress between
         self._failures_in_a_row = 0
+        self._num_good = 0  # answers of this process that were no failures
         self._pull_error: Exception | None = None
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._commits: list[Future[None]] = []
@@ -96,7 +97,9 @@ class Worker:
                     self._label(chain([first], works))
                 had_work = first is not None or bool(self._suspected)
                 while self._suspected:
-                    self._label_in_portions(self._suspected.pop())
+                    suspected = self._suspected.pop()
+                    self.progress.note(f"{suspected.id}: workers have died of it: in portions now")
+                    label_in_portions(self._hands(), suspected)
                 self._finish_commits()
                 if had_work:
                     wait_sec = FIRST_WAIT_SEC
@@ -143,8 +146,7 @@ class Worker:
                 self._suspected.append(shard)  # its turn comes when nothing else is under way
                 return
             else:
-                shard.begin()
-                yield shard.attempt.work()
+                yield shard.work()
 
     def _take(self) -> OpenShard | None:
         with self._lock:
@@ -196,6 +198,7 @@ class Worker:
         return self._labeller
 
     def _receive(self, answer: Answer) -> None:
+        self._num_good += answer.error_code is None
         with self._lock:
             shard = self._open.get(answer.key.shard)
         if shard is None:
@@ -223,27 +226,19 @@ class Worker:
             opened = [shard for shard in self._open.values() if shard.suspicion is None]
         return any(not shard.attempt.is_complete for shard in opened)
 
-    def _label_in_portions(self, shard: OpenShard) -> None:
-        """Label a shard that workers have died of, so that the next death tells more."""
-        assert shard.suspicion is not None
-        self.progress.note(f"{shard.id}: workers have died of it; it is done in portions")
-        shard.begin()
-        for row in shard.suspicion.crashed:
-            for prompt in self.job.config.prompt_names():
-                key = RequestKey(shard.id, row, prompt)
-                self._receive(Answer.failed(key, RowError(CRASHED)))
-        for portion in shard.suspicion.portions:
-            with self._lock:
-                if self.stop or shard.id not in self._open:
-                    return
-            shard.journal.note(trying=portion)
-            shard.journal.flush()
-            if shard.suspicion.narrows(portion):
-                self._failures[shard.id] = self._failures_in_a_row = 0
-                self.progress.alive()
-            self._label(iter([shard.attempt.work(portion)]))
-            if not self.stop and set(portion).isdisjoint(shard.attempt.rows_left()):
-                shard.journal.note(tried=portion)
+    def _hands(self) -> Hands:
+        return Hands(
+            self.job,
+            label=lambda work: self._label(iter([work])),
+            take=self._receive,
+            goes_on=lambda shard: not self.stop and shard.id in self._open,
+            has_proved=lambda: self._num_good > 0,
+            narrowed=self._narrowed,
+        )
+
+    def _narrowed(self, shard: OpenShard) -> None:
+        self._failures[shard.id] = self._failures_in_a_row = 0
+        self.progress.alive()
 
     def _lose(self, shard: OpenShard) -> None:
         """Another worker has taken the shard over: leave it the work."""

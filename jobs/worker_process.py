@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -33,12 +34,15 @@ class PipeProgress:
         self._pipe = open(fd, "w", encoding="utf-8", buffering=1)
         self._lock = threading.Lock()
         self._pending = Counts()
+        self._flushed_at = 0.0
         self._closed = threading.Event()
         threading.Thread(target=self._tick, name="report", daemon=True).start()
 
     def add(self, counts: Counts) -> None:
         with self._lock:
             self._pending.add(counts)
+        if time.monotonic() - self._flushed_at > REPORT_SEC:
+            self._flush()  # at once after a silence: what dies soon after has made progress
 
     def stage(self, text: str) -> None:
         self.send({"stage": text})
@@ -71,6 +75,7 @@ class PipeProgress:
         with self._lock:
             pending, self._pending = self._pending, Counts()
         if pending.answers or pending.rows:
+            self._flushed_at = time.monotonic()
             self.send({"counts": asdict(pending)})
 
 

@@ -7,7 +7,8 @@ An answer depends on the row's id, the prompt and the seed alone. Select it with
     FAKE_IN_FLIGHT    answers that are under way at once (default 8); they come back shuffled
     FAKE_LOG          file that gets one line for each answer generated
     FAKE_KILL_AT      kill -9 the own process at this many answers
-    FAKE_KILL_ROW     kill -9 the own process whenever this row id is met
+    FAKE_KILL_ROWS    kill -9 the own process whenever one of these row ids is met
+    FAKE_HANG_ROWS    never answer these row ids
     FAKE_ERROR_AT     raise EngineError once, at this many answers
     FAKE_ERROR_ALWAYS raise EngineError at the first answer of every labeller
     FAKE_FAIL_ROWS    comma-separated row ids that end as failed with `corrupt_image`
@@ -43,8 +44,9 @@ class FakeLabeller:
         )
         self.delay_sec = float(os.environ.get("FAKE_DELAY_SEC", "0"))
         self.in_flight = int(os.environ.get("FAKE_IN_FLIGHT", "8"))
-        self.fail_rows = frozenset(os.environ.get("FAKE_FAIL_ROWS", "").split(",")) - {""}
-        self.kill_row = os.environ.get("FAKE_KILL_ROW")
+        self.fail_rows = _names("FAKE_FAIL_ROWS")
+        self.kill_rows = _names("FAKE_KILL_ROWS")
+        self.hang_rows = _names("FAKE_HANG_ROWS")
         self.kill_at = int(os.environ.get("FAKE_KILL_AT", "0"))
         self.error_at = int(os.environ.get("FAKE_ERROR_AT", "0"))
         self.hang = "FAKE_HANG" in os.environ
@@ -101,9 +103,15 @@ class FakeLabeller:
         return f"{prompt} of {row.row_id}: {hashlib.blake2b(told, digest_size=8).hexdigest()}"
 
     def _misbehave(self, row: Row) -> None:
-        if row.row_id == self.kill_row or self.num_answers == self.kill_at:
+        if row.row_id in self.kill_rows or self.num_answers == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        while row.row_id in self.hang_rows:
+            time.sleep(1)
         once = self.num_answers == self.error_at and FakeLabeller.errors_raised == 0
         if once or "FAKE_ERROR_ALWAYS" in os.environ:
             FakeLabeller.errors_raised += 1
             raise EngineError("the fake device is gone")
+
+
+def _names(variable: str) -> frozenset[str]:
+    return frozenset(os.environ.get(variable, "").split(",")) - {""}

@@ -92,9 +92,10 @@ class JobFolder:
         return rows
 
     def generated(self) -> Counter[str]:
-        """How often each answer was generated, over all runs."""
+        """How often each answer was generated, over all runs; proofs of health do not count."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return Counter(line.split(" ", 1)[1] for line in lines)
+        answers = (line.split(" ", 1)[1] for line in lines)
+        return Counter(answer for answer in answers if not answer.startswith("proof "))
 
     def wait_for(self, pattern: str, timeout: float = 20) -> list[Path]:
         """Wait until files of a pattern exist in the run folder."""
