@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import yaml
 
+from jobs.join import Joined
 from jobs.manifest import Manifest
 
 _SIZES = (
@@ -29,10 +31,26 @@ _OWN_COLUMNS = {
 
 
 def write_card(
-    path: Path, manifest: Manifest, schema: pa.Schema, num_rows: int, states: Counter[str]
+    path: Path,
+    manifest: Manifest,
+    schema: pa.Schema,
+    num_rows: int,
+    states: Counter[str],
+    joined: Sequence[Joined] = (),
 ) -> None:
     """Write README.md with the header that the Hugging Face hub reads."""
-    path.write_text(_header(num_rows) + "\n" + _body(manifest, schema, num_rows, states))
+    told = [_header(num_rows), _body(manifest, schema, num_rows, states)]
+    path.write_text("\n".join([*told, *map(_joined, joined)]), encoding="utf-8")
+
+
+def _joined(other: Joined) -> str:
+    """How the answers of a joined run folder were made."""
+    manifest = other.manifest
+    settings = {"generation": manifest.config.get("generation"), "model": manifest.config["model"]}
+    return (
+        f"## Joined answers `{other.label}`\n\nOf `{manifest.model.get('id')}`, job fingerprint "
+        f"`{manifest.fingerprint}`.\n\n{_prompts(manifest.config)}\n\n{_block(settings)}\n"
+    )
 
 
 def _header(num_rows: int) -> str:

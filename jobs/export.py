@@ -1,8 +1,9 @@
 """One dataset out of a run folder's parts, read alike by `datasets`, pandas and DuckDB.
 
 `OUT.parquet` and `OUT.jsonl` are one file; any other OUT is a folder with a dataset card and
-`data/train-….parquet`. Everything is written beside OUT and renamed when it is whole. Memory is
-that of one part.
+`data/train-….parquet`, or a dataset of the hub. Here everything is written beside OUT and renamed
+when it is whole; what goes elsewhere is first written to a temporary folder. Memory is that of one
+part, and of one part of every run folder that is joined.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +23,13 @@ import pyarrow.parquet as pq
 
 from jobs.card import write_card
 from jobs.commit import pending_shards
+from jobs.hub_push import HubPush, HubTarget
+from jobs.join import Joined
 from jobs.manifest import require_manifest
 from jobs.paths import RunPaths
-from jobs.plan import load_plan
+from jobs.plan import Plan, load_plan
 from jobs.show import tables
+from jobs.storage import open_storage
 from jobs.table import STATES
 from pipeline.errors import UserError
 
@@ -38,6 +43,7 @@ class Selection:
     status: str | None = None
     meta: bool = True
     partial: bool = False  # also when shards are missing
+    joins: tuple[str, ...] = ()  # run folders whose answers stand beside, as PATH or NAME=PATH
 
 
 class Sink(Protocol):
@@ -47,35 +53,89 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def export(path: str, out: str, selection: Selection, *, force: bool = False) -> dict[str, Any]:
-    """Write the dataset; returns counts. Raises: UserError."""
-    paths = RunPaths(path)
-    manifest = require_manifest(paths)
-    _check_complete(paths, selection)
+def export(
+    path: str, out: str, selection: Selection, *, force: bool = False, private: bool = False
+) -> dict[str, Any]:
+    """Write the dataset; returns counts. `private` is for a new repository of the hub.
+
+    Raises: UserError.
+    """
+    if "://" not in out or out.startswith("file://"):
+        return _export_here(path, out.removeprefix("file://"), selection, force=force)
+    if out.startswith("hf://"):
+        return _export_to_hub(path, out, selection, force=force, private=private)
+    return _export_to_store(path, out, selection, force=force)
+
+
+def _export_here(path: str, out: str, selection: Selection, *, force: bool) -> dict[str, Any]:
     target = Path(out)
     if target.exists() and not force:
         raise UserError(f"{out} exists; give another name or --force.")
     private = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     private.parent.mkdir(parents=True, exist_ok=True)
-    states: Counter[str] = Counter()
-    num_rows = 0
-    schema: pa.Schema | None = None
     try:
-        sink = _open_sink(target, private)
-        for table in _selected(paths, selection, states):
-            schema = table.schema
-            sink.write(table)
-            num_rows += table.num_rows
-        sink.close()
-        if schema is None:
-            raise UserError(f"{path} has no committed rows to export.")
-        if private.is_dir():
-            write_card(private / "README.md", manifest, schema, num_rows, states)
+        told = _write(RunPaths(path), selection, private, target.suffix)
         _put_in_place(private, target)
     finally:
         _remove(private)
+    return {"out": out, **told}
+
+
+def _export_to_hub(
+    path: str, out: str, selection: Selection, *, force: bool, private: bool
+) -> dict[str, Any]:
+    push = HubPush(HubTarget.parse(out))
+    if not force:
+        push.check_free()
+    with tempfile.TemporaryDirectory(prefix="vlm-batch-export-") as folder:
+        told = _write(RunPaths(path), selection, Path(folder), "")
+        message = f"{told['rows']} rows answered with vlm-batch"
+        told["commit"] = push.push(Path(folder), message, private=private)
+    return {"out": out, **told}
+
+
+def _export_to_store(path: str, out: str, selection: Selection, *, force: bool) -> dict[str, Any]:
+    """To an object store: the data first, the card last."""
+    parent, _, name = out.rstrip("/").rpartition("/")
+    store = open_storage(parent)
+    there = store.exists(name) or bool(store.names(f"{name}/data"))
+    if there and not force:
+        raise UserError(f"{out} exists; give another name or --force.")
+    with tempfile.TemporaryDirectory(prefix="vlm-batch-export-") as folder:
+        private = Path(folder, name)
+        told = _write(RunPaths(path), selection, private, private.suffix)
+        files = sorted(f for f in private.rglob("*") if f.is_file()) or [private]
+        names = [f.relative_to(folder).as_posix() for f in files]
+        for file, target in sorted(zip(files, names, strict=True), key=lambda pair: -len(pair[1])):
+            store.publish_replace(file, target)
+        for stale in {f"{name}/data/{n}" for n in store.names(f"{name}/data")} - set(names):
+            store.delete(stale)
+    return {"out": out, **told}
+
+
+def _write(paths: RunPaths, selection: Selection, private: Path, suffix: str) -> dict[str, Any]:
+    """Write the whole dataset under a private name; returns counts. Raises: UserError."""
+    manifest = require_manifest(paths)
+    plan = load_plan(paths)
+    _check_complete(paths, plan, selection)
+    joined = [Joined(a, meta=selection.meta, partial=selection.partial) for a in selection.joins]
+    states: Counter[str] = Counter()
+    num_rows = 0
+    schema: pa.Schema | None = None
+    sink = _open_sink(private, suffix)
+    try:
+        for table in _selected(paths, plan, selection, joined, states):
+            schema = table.schema
+            sink.write(table)
+            num_rows += table.num_rows
+    finally:
+        sink.close()
+    if schema is None:
+        raise UserError(f"{paths.root} has no committed rows to export.")
+    if private.is_dir():
+        write_card(private / "README.md", manifest, schema, num_rows, states, joined)
     told = {state: states[state] for state in STATES}
-    return {"out": out, "rows": num_rows, "columns": schema.names, "states": told}
+    return {"rows": num_rows, "columns": schema.names, "states": told}
 
 
 class FileSink:
@@ -133,25 +193,37 @@ class FolderSink:
             self._file.close()
 
 
-def _open_sink(target: Path, private: Path) -> Sink:
-    if target.suffix == ".parquet":
+def _open_sink(private: Path, suffix: str) -> Sink:
+    if suffix == ".parquet":
         return FileSink(private)
-    if target.suffix == ".jsonl":
+    if suffix == ".jsonl":
         return LinesSink(private)
     return FolderSink(private)
 
 
-def _selected(paths: RunPaths, selection: Selection, states: Counter[str]) -> Iterator[pa.Table]:
-    for _, table in tables(paths):
+def _selected(
+    paths: RunPaths,
+    plan: Plan,
+    selection: Selection,
+    joined: list[Joined],
+    states: Counter[str],
+) -> Iterator[pa.Table]:
+    for shard, table in tables(paths):
+        table = table.replace_schema_metadata(None)
+        if not selection.meta:
+            table = table.drop_columns(["meta"])
+        for other in joined:
+            names = other.names(table.schema.names)
+            answers = other.answers(plan.shard(shard), table.column("row_id"))
+            for own, name in names.items():
+                table = table.append_column(name, answers.column(own))
         if selection.status is not None:
             table = table.filter(pa.compute.equal(table.column("status"), selection.status))
         states.update(table.column("status").to_pylist())
-        table = table.replace_schema_metadata(None)
-        yield table if selection.meta else table.drop_columns(["meta"])
+        yield table
 
 
-def _check_complete(paths: RunPaths, selection: Selection) -> None:
-    plan = load_plan(paths)
+def _check_complete(paths: RunPaths, plan: Plan, selection: Selection) -> None:
     left = sum(shard.num_rows for shard in pending_shards(paths, plan))
     if left and not selection.partial:
         raise UserError(

@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from pipeline.errors import UserError
+
 MAX_TRIES = 5
 PAUSE_SEC = 0.25  # before the second try; doubled with each
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, UserError)
+_BUSY = frozenset({408, 425, 429})
 _T = TypeVar("_T")
 
 
@@ -42,10 +45,20 @@ def patiently(work: Callable[[], _T]) -> _T:
         except _FINAL:
             raise
         except Exception as error:
-            if attempt == MAX_TRIES - 1:
+            if attempt == MAX_TRIES - 1 or _is_refusal(error):
                 raise OSError(f"{type(error).__name__}: {error}") from error
             time.sleep(PAUSE_SEC * 2**attempt * random.uniform(0.5, 1.0))
     raise AssertionError("unreachable")
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether a web server has said that asking again is of no use."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return 400 <= status < 500 and status not in _BUSY
+        error = error.__cause__
+    return False
 
 
 class StoreFile(io.RawIOBase):

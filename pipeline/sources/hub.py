@@ -24,6 +24,7 @@ from pipeline.sources.base import InputFile, Source
 from pipeline.sources.cells import records
 from pipeline.sources.parquet import ParquetSource
 from pipeline.sources.webdataset import WebDatasetSource
+from pipeline.stores import patiently
 
 _REVISION = re.compile(r"^(hf://[^@]*)@[^/]+")  # the commit in an address
 _BATCH_ROWS = 32
@@ -132,8 +133,10 @@ def _choose(settings: InputSettings, columns: Collection[str] | None) -> Source:
     try:
         if _is_saved(settings.path):
             return _from_disk(settings, columns, datasets)
-        builder = datasets.load_dataset_builder(
-            settings.path, settings.name, revision=settings.revision
+        builder = patiently(
+            lambda: datasets.load_dataset_builder(
+                settings.path, settings.name, revision=settings.revision
+            )
         )
         addresses = _addresses(builder, settings)
         if settings.streaming:
@@ -143,12 +146,14 @@ def _choose(settings: InputSettings, columns: Collection[str] | None) -> Source:
                     source.addresses = {_stable(address): address for address in addresses}
                     return source
         kind = _Streamed if settings.streaming else _Loaded
-        dataset = datasets.load_dataset(
-            settings.path,
-            settings.name,
-            split=settings.split,
-            revision=settings.revision,
-            streaming=settings.streaming,
+        dataset = patiently(
+            lambda: datasets.load_dataset(
+                settings.path,
+                settings.name,
+                split=settings.split,
+                revision=settings.revision,
+                streaming=settings.streaming,
+            )
         )
         return kind(settings, columns, dataset, _mark(builder, addresses))
     except UserError:

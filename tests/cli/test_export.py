@@ -92,3 +92,48 @@ def test_an_unfinished_job_is_refused(tmp_path: Path) -> None:
         job.call("export", str(job.out), str(tmp_path / "a.parquet"), "--partial", "--json")
     )
     assert 0 < told["rows"] < 20
+
+
+def test_answers_of_another_job_stand_beside(job: JobFolder, tmp_path: Path) -> None:
+    """The same input with other prompts, cut into other shards."""
+    other = make_job(
+        tmp_path / "other", 20, rows_per_shard=7, prompts={"caption": "Again {word}.", "x": "X."}
+    )
+    config = yaml.safe_load(other.config.read_text())
+    config["input"] = yaml.safe_load(job.config.read_text())["input"]
+    config["output"] = {"path": str(tmp_path / "v2"), "rows_per_shard": 7}
+    other.config.write_text(yaml.safe_dump(config))
+    assert other.run().returncode == 0
+    out = tmp_path / "both.parquet"
+    _export(job, out, "--join", str(tmp_path / "v2"), "--status", "ok")
+    rows = pq.read_table(out).to_pylist()
+    assert len(rows) == 19
+    for row in rows:
+        assert row["caption"].startswith(f"caption of {row['row_id']}:")
+        assert row["caption_v2"].startswith(f"caption of {row['row_id']}:")
+        assert row["caption"] != row["caption_v2"]
+        assert row["x"].startswith(f"x of {row['row_id']}:")
+        assert row["status_v2"] == "ok"
+    _export(job, tmp_path / "named", "--join", f"b={tmp_path / 'v2'}", "--no-meta")
+    names = pq.read_schema(tmp_path / "named/data/train-00000.parquet").names
+    assert names[-6:] == ["caption_b", "ocr_b", "x", "status_b", "error_code_b", "error_b"]
+    assert "Joined answers `b`" in (tmp_path / "named/README.md").read_text()
+
+
+def test_a_join_needs_the_same_rows(job: JobFolder, tmp_path: Path) -> None:
+    stranger = make_job(tmp_path / "stranger", 20)
+    assert stranger.run().returncode == 0
+    done = job.call("export", str(job.out), str(tmp_path / "x"), "--join", str(stranger.out))
+    assert done.returncode == 2
+    assert "lacks answers" in done.stderr
+    assert not (tmp_path / "x").exists()
+    done = job.call("export", str(job.out), str(tmp_path / "x"), "--join", str(job.folder))
+    assert done.returncode == 2
+    assert "no run folder" in done.stderr
+
+
+def test_one_place_to_write_to(job: JobFolder, tmp_path: Path) -> None:
+    for places in ((), (str(tmp_path / "x"), "--to", "hf://datasets/o/n")):
+        done = job.call("export", str(job.out), *places)
+        assert done.returncode == 2
+        assert "one place" in done.stderr

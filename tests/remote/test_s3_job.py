@@ -112,7 +112,8 @@ def test_every_command_on_a_run_folder_on_s3(
 ) -> None:
     def call(*args: str, code: int = 0) -> Any:
         assert main([*args, "--json"]) == code
-        return json.loads(capsys.readouterr().out)
+        out = capsys.readouterr().out
+        return json.loads(out) if out else None
 
     job = fake_job(store, tmp_path, "bucket/commands")
     run = "s3://bucket/commands"
@@ -127,6 +128,11 @@ def test_every_command_on_a_run_folder_on_s3(
     out = tmp_path / "set"
     assert call("export", run, str(out))["rows"] == 40
     assert pq.read_table(out / "data").num_rows == 40
+    call("export", run, "s3://bucket/exported/set")
+    call("export", run, "s3://bucket/exported/set", code=2)
+    call("export", run, "s3://bucket/exported/set", "--force")
+    names = [n.removeprefix("bucket/exported/") for n in store.find("bucket/exported")]
+    assert names == ["set/README.md", "set/data/train-00000.parquet"]
     assert call("retry", run, "--code", "corrupt_image")["shards"]
     store.pipe_file("bucket/commands/data/shard-00000002.parquet", b"")
     assert call("status", run)["shards"]["damaged"] == ["shard-00000002"]
