@@ -51,6 +51,23 @@ class ModelSizes:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
+def decoder_sizes(text: Mapping[str, Any], tied: bool = False) -> dict[str, int]:
+    """The fields of `ModelSizes` that a plain gated decoder's config gives."""
+    hidden, layers = text["hidden_size"], text["num_hidden_layers"]
+    heads = text["num_attention_heads"]
+    kv_heads = text.get("num_key_value_heads") or heads
+    head_dim = text.get("head_dim") or hidden // heads
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    return {
+        "num_layers": layers,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "num_heads": heads,
+        "decoder_params": layers * (attention + 3 * hidden * text["intermediate_size"]),
+        "embedding_params": (1 if tied else 2) * hidden * text["vocab_size"],
+    }
+
+
 class Family(ABC):
     """One family's prompt, image layout and positions, for one checkpoint."""
 

@@ -65,6 +65,13 @@ FAMILIES = (
         templates=("minicpmv",),
         weights_gb=16.2,
     ),
+    Entry(
+        name="smolvlm",
+        spec="pipeline.models.families.smolvlm.spec",
+        example="HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+        templates=("smolvlm",),
+        weights_gb=4.5,
+    ),
     _GENERIC,  # last: it takes what no family of ours does
 )
 

@@ -21,6 +21,7 @@ _FILES = {
     "chatml-llava": "chatml_llava",
     "gemma-it": "gemma_it",
     "kimi-vl": "kimi_vl",
+    "smolvlm": "smolvlm",
 }
 NAMES = tuple(_FILES)
 

@@ -45,6 +45,7 @@ class Template:
     default_system: str | None = None
     start: str = ""
     image: str = IMAGE
+    text_opens: str = ""  # before a content that begins with text
     before_image: str = ""  # between text and an image that follows it
     after_image: str = ""  # between an image and text that follows it
     between_images: str = ""
@@ -150,6 +151,8 @@ def _each_stripped(parts: Sequence[str | int]) -> tuple[str | int, ...]:
 
 
 def _content(template: Template, parts: Sequence[str | int]) -> Iterator[Piece]:
+    if parts and isinstance(parts[0], str):
+        yield from template.split(template.text_opens)
     for number, part in enumerate(parts):
         if number:
             yield from template.split(_joint(template, parts[number - 1], part))

@@ -6,12 +6,11 @@ seed gives the same bytes. Imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tests.helpers.checkpoints import Shapes, random_tensors, write_json, write_weights
-from tests.helpers.tiny_tokenizer import special_ids, tokenizer_json
+from tests.helpers.tiny_tokenizer import SPECIAL, special_ids, tokenizer_json
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 256, 96, 2, 4, 2
 VISION = {
@@ -43,17 +42,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer_with(names: tuple[str, ...]) -> tuple[str, dict[str, int]]:
-    """The tiny tokenizer.json with further control tokens, and their ids."""
-    found = json.loads(tokenizer_json())
-    first = max(special_ids().values()) + 1
-    ids = {name: first + i for i, name in enumerate(names)}
-    found["added_tokens"] += [
-        {**found["added_tokens"][0], "id": number, "content": name} for name, number in ids.items()
-    ]
-    return json.dumps(found), ids
-
-
 def text_config(vocabulary: int) -> dict[str, Any]:
     return {
         "attention_dropout": 0.0,
@@ -80,8 +68,8 @@ def text_config(vocabulary: int) -> dict[str, Any]:
 
 def write_minicpm_v(folder: Path, *, seed: int = 0, drop_last: bool = False) -> Path:
     """Write a MiniCPM-V 2.6; with `drop_last` its tower's last layer is neither stored nor run."""
-    tokenizer, ids = tokenizer_with(MARKERS)
-    config = text_config(max(ids.values()) + 1) | {
+    special = (*SPECIAL, *MARKERS)
+    config = text_config(max(special_ids(special).values()) + 1) | {
         "architectures": ["MiniCPMV"],
         "batch_vision_input": True,
         "drop_vision_last_layer": drop_last,
@@ -99,7 +87,7 @@ def write_minicpm_v(folder: Path, *, seed: int = 0, drop_last: bool = False) -> 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", processor_config())
-    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokenizer_json(special), encoding="utf-8")
     write_json(
         folder / "tokenizer_config.json",
         {

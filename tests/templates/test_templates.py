@@ -50,6 +50,7 @@ ONE_IMAGE = {
         "<|im_end|><|im_assistant|>assistant<|im_middle|>"
     ),
 }
+ONE_IMAGE["smolvlm"] = "<|im_start|>User:«0»Q<end_of_utterance>\nAssistant:"
 DIALOGUE = (
     Turn("system", ("S",)),
     Turn("user", ("Q",)),
@@ -60,6 +61,10 @@ WITH_DIALOGUE = {
     "deepseek-vl2": (
         "<｜begin▁of▁sentence｜>S<|User|>: Q\n\n<|Assistant|>:A<｜end▁of▁sentence｜>"
         "<|User|>: R\n\n<|Assistant|>:"
+    ),
+    "smolvlm": (
+        "<|im_start|>System: S<end_of_utterance>\nUser: Q<end_of_utterance>\n"
+        "Assistant: A<end_of_utterance>\nUser: R<end_of_utterance>\nAssistant:"
     ),
     "mistral": "<s>[INST]Q[/INST]A</s>[INST]S\n\nR[/INST]",
     "vicuna_v1.1": "<s>S USER: Q ASSISTANT: A</s>USER: R ASSISTANT:",

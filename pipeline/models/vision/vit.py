@@ -7,8 +7,10 @@ position table and no projector.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +46,20 @@ class VitConfig:
     @property
     def patch_values(self) -> int:
         return self.channels * self.patch**2
+
+
+def vit_config(vision: Mapping[str, Any], depth: int | None = None) -> VitConfig:
+    """Read a `vision_config` of transformers; `depth` where not all of its layers are run."""
+    return VitConfig(
+        depth=vision["num_hidden_layers"] if depth is None else depth,
+        size=vision["hidden_size"],
+        heads=vision["num_attention_heads"],
+        inner=vision["intermediate_size"],
+        patch=vision["patch_size"],
+        side=vision["image_size"],
+        act=vision.get("hidden_act", "gelu_pytorch_tanh"),
+        eps=vision.get("layer_norm_eps", 1e-6),
+    )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pipeline.models.vision.resampler import Resampler
 from pipeline.models.vision.siglip import SiglipTower
 from pipeline.models.vision.slices import SlicePlanner
 from pipeline.models.vision.views import render_views
-from pipeline.models.vision.vit import VitConfig
+from pipeline.models.vision.vit import vit_config
 from pipeline.rows import ImageLayout
 
 RENAME = (
@@ -40,20 +40,6 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     rope = rope_config(config, head_dim, default_theta=1e6)
     return common_config(config, rope, qkv_bias=True)
-
-
-def tower_config(config: Mapping[str, Any]) -> VitConfig:
-    vision = config["vision_config"]
-    return VitConfig(
-        depth=spec.tower_depth(config),
-        size=vision["hidden_size"],
-        heads=vision["num_attention_heads"],
-        inner=vision["intermediate_size"],
-        patch=vision["patch_size"],
-        side=vision["image_size"],
-        act=vision.get("hidden_act", "gelu_pytorch_tanh"),
-        eps=vision.get("layer_norm_eps", 1e-6),
-    )
 
 
 class MiniCPM(Model):
@@ -108,7 +94,7 @@ class MiniCPM(Model):
 def build(checkpoint: Checkpoint, family: spec.MiniCPM, weights: Weights) -> MiniCPM:
     """Take the model's tensors from `weights`."""
     config = decoder_config(checkpoint.config)
-    sizes = tower_config(checkpoint.config)
+    sizes = vit_config(checkpoint.config["vision_config"], spec.tower_depth(checkpoint.config))
     embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     decoder = Decoder.take(weights, config, embedding)
     resampler = Resampler(

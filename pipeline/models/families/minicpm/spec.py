@@ -16,7 +16,13 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.models.family import (
+    Family,
+    ModelSizes,
+    decoder_sizes,
+    default_sampling,
+    end_tokens,
+)
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import minicpmv
@@ -101,7 +107,7 @@ class MiniCPM(Family):
         ends = end_tokens(checkpoint, config, self.template)
         self.eos_token_ids = tuple(dict.fromkeys([*ends, *(i for i in stops if i is not None)]))
         self.default_sampling = default_sampling(checkpoint.generation_config)
-        self.sizes = _sizes(config, self.num_queries)
+        self.sizes = _sizes(config)
         self._read_processor(checkpoint.preprocessor_config, settings.max_pixels)
         self._read_tokens(checkpoint)
 
@@ -166,27 +172,17 @@ def tower_depth(config: Mapping[str, Any]) -> int:
     )
 
 
-def _sizes(config: Mapping[str, Any], queries: int) -> ModelSizes:
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    heads = config["num_attention_heads"]
-    kv_heads, head_dim = config.get("num_key_value_heads") or heads, hidden // heads
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    mlp = 3 * hidden * config["intermediate_size"]
-    vision = config["vision_config"]
-    width, inner = vision["hidden_size"], vision["intermediate_size"]
-    depth = tower_depth(config)
+def _sizes(config: Mapping[str, Any]) -> ModelSizes:
+    hidden, vision, depth = config["hidden_size"], config["vision_config"], tower_depth(config)
+    width = vision["hidden_size"]
     reading = width * hidden + 2 * hidden * hidden  # of the resampler, on every patch
     return ModelSizes(
-        num_layers=layers,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        num_heads=heads,
-        decoder_params=layers * (attention + mlp),
-        embedding_params=2 * hidden * config["vocab_size"],
-        vision_params=depth * (4 * width * width + 2 * width * inner) + reading,
+        **decoder_sizes(config),
+        vision_params=depth * (4 * width * width + 2 * width * vision["intermediate_size"])
+        + reading,
         projector_params=2 * hidden * hidden,
         patches_per_token=16,
+        patches_per_run=1024,
         vision_width=width,
         vision_full_blocks=depth,
-        patches_per_run=1024,
     )
