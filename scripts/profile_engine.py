@@ -2,12 +2,12 @@
 
     python scripts/profile_engine.py --random-weights 7b --work caption --rows 128
 
-Takes the options of scripts/bench.py. Prints the kernels by total time, and how long the device had
-nothing to do. Records no result.
+Prints the kernels by total time, and how long the device had nothing to do. Records no result.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections import defaultdict
@@ -17,24 +17,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts import bench  # noqa: E402
+from scripts.bench import checkpoint, measure, workloads  # noqa: E402
 
 NUM_KERNELS = 40
 LONG_GAP = 0.002  # seconds
 
 
 def main() -> int:
-    from scripts.bench import measure
-
-    args = bench.arguments()
-    device = bench.device_of(args)
-    model = bench.model_folder(args, device)
-    name = args.work.split(",")[0]
-    loads = bench.make_workloads(name, args, args.rows)
-    engine = {"device": device} | bench.overrides(args.set, "engine")
-    chosen = measure.settings(model, loads, engine, bench.overrides(args.set, "model"))
-    events, seconds = profiled(chosen, loads)
-    report(events, seconds)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--random-weights", choices=sorted(checkpoint.SIZES), default="7b")
+    parser.add_argument("--work", choices=workloads.NAMES, default="caption")
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--quantization", default="none")
+    args = parser.parse_args()
+    folder = Path("/dev/shm") / f"vlm-batch-{args.random_weights}"
+    model = str(checkpoint.make(folder, args.random_weights, ROOT / ".whl/tokenizer", "cuda"))
+    loads = [workloads.make(args.work, args.rows, seed) for seed in (1, 2)]
+    options = {"quantization": args.quantization}
+    report(*profiled(measure.settings(model, loads, {}, options), loads))
     return 0
 
 
@@ -44,7 +44,6 @@ def profiled(chosen: Any, loads: list[Any]) -> tuple[list[tuple[str, float, floa
     from torch.profiler import ProfilerActivity, profile
 
     from pipeline.labeller import Labeller
-    from scripts.bench import measure
 
     labeller = Labeller(chosen)
     prompts = frozenset(chosen.prompts)

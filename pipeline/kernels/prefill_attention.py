@@ -166,6 +166,15 @@ def prefill_attention_reference(
 
 
 @triton.jit
+def _load_block(base, start, key, channel, stop, DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Rows `start + key` of keys or values; MASKED: those from `stop` on are zero."""
+    pointer = base + (start + key)[:, None] * DIM + channel[None, :]
+    if MASKED:
+        return tl.load(pointer, mask=(key < stop)[:, None] & (channel[None, :] < DIM), other=0.0)
+    return tl.load(pointer)
+
+
+@triton.jit
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, table_ptr, ahead_ptr, head_stride, q_stride, scale,
     HQ: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -182,8 +191,7 @@ def _prefill_kernel(
     position = tl.load(entry + 2)
     row = first + tl.arange(0, BLOCK_M)
     channel = tl.arange(0, BLOCK_D)
-    inside = channel[None, :] < DIM
-    q_mask = (row[:, None] < q_length) & inside
+    q_mask = (row[:, None] < q_length) & (channel[None, :] < DIM)
     q_offset = (q_start + row[:, None]).to(tl.int64) * q_stride + head * DIM + channel[None, :]
     q = tl.load(q_ptr + q_offset, mask=q_mask, other=0.0)
     base_k = k_ptr + (head // GROUP).to(tl.int64) * head_stride
@@ -206,20 +214,28 @@ def _prefill_kernel(
                 stop = tl.max(last, 0) + 1 + shift
             stop = tl.minimum(length, stop)
         low = tl.maximum(position + first - WINDOW + 1 - before, 0) if WINDOW > 0 else 0
-        for begin in range(low, stop, BLOCK_N):
+        # Blocks that every row sees whole need no mask.
+        full = low
+        if WINDOW == 0 and DIM == BLOCK_D:
+            full = tl.minimum(stop, first + shift + 1) if s == SEGMENTS - 1 else stop
+            full = full // BLOCK_N * BLOCK_N
+        for begin in range(low, full, BLOCK_N):
             key = begin + tl.arange(0, BLOCK_N)
-            valid = key < stop
-            offset = (start + key)[:, None] * DIM + channel[None, :]
-            kv_mask = valid[:, None] & inside
-            keys = tl.load(base_k + offset, mask=kv_mask, other=0.0)
+            keys = _load_block(base_k, start, key, channel, stop, DIM, False)
             scores = block_scores(q, keys, scale, SOFTCAP)
-            seen = valid[None, :]
+            values = _load_block(base_v, start, key, channel, stop, DIM, False)
+            best, norm, acc = fold_block(best, norm, acc, scores, values)
+        for begin in range(full, stop, BLOCK_N):
+            key = begin + tl.arange(0, BLOCK_N)
+            keys = _load_block(base_k, start, key, channel, stop, DIM, True)
+            scores = block_scores(q, keys, scale, SOFTCAP)
+            seen = (key < stop)[None, :]
             if s == SEGMENTS - 1:
                 seen = seen & (key[None, :] <= last[:, None] + shift)
             if WINDOW > 0:
                 seen = seen & (before + key[None, :] > position + row[:, None] - WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
-            values = tl.load(base_v + offset, mask=kv_mask, other=0.0)
+            values = _load_block(base_v, start, key, channel, stop, DIM, True)
             best, norm, acc = fold_block(best, norm, acc, scores, values)
         before += length
     out = acc / tl.where(norm > 0, norm, 1.0)[:, None]

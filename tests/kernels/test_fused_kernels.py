@@ -12,8 +12,9 @@ import sys
 import pytest
 import torch
 
-from pipeline.kernels import backend, fp8, lanes, rms_norm, swiglu, window_attention
+from pipeline.kernels import backend, fp8, lanes, patchify, rms_norm, swiglu, window_attention
 from pipeline.kernels.attention import plan_attention
+from pipeline.kernels.prefill_attention import Run, plan_prefill, prefill_attention
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,9 +73,10 @@ def test_rms_norm(residual: bool) -> None:
 
 
 @needs_kernels
-def test_swiglu() -> None:
+@pytest.mark.parametrize("width", [300, 256, 1000])
+def test_swiglu(width: int) -> None:
     torch.manual_seed(0)
-    x = torch.randn(5, 600, device=DEVICE)
+    x = torch.randn(5, 2 * width, device=DEVICE)
     expected = swiglu.swiglu_reference(x)
     torch.testing.assert_close(swiglu.swiglu(x), expected)
     near(swiglu.swiglu_fp8(x), fp8.quantize_rows_reference(expected))
@@ -85,6 +87,35 @@ def near(found: fp8.Quantized, expected: fp8.Quantized) -> None:
     # The interpreter loses the carry where float8 rounds up to a power of two; a GPU does not.
     other = found.values.float() != expected.values.float()
     assert other.float().mean() < (0.002 if CUDA else 0.05)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dim", [32, 24])
+def test_prefill_attention(dim: int) -> None:
+    """Blocks that need no mask (a power of two of channels) and those that do."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 2, 700, dim, device=DEVICE)
+    runs = [
+        Run(0, 200, ((1, 90), (300, 200))),
+        Run(200, 130, ((1, 90), (100, 150), (520, 130))),
+        Run(330, 3, ((1, 90), (680, 3))),
+    ]
+    q = torch.randn(333, 4, dim, device=DEVICE)
+    found = prefill_attention(q, k, v, plan_prefill(runs, q.device, True), 0.2)
+    expected = prefill_attention(q, k, v, plan_prefill(runs, q.device, False), 0.2)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_kernels
+def test_patchify() -> None:
+    torch.manual_seed(0)
+    sizes = [(56, 28), (28, 84)]
+    images = [torch.randint(0, 256, (*s, 3), dtype=torch.uint8, device=DEVICE) for s in sizes]
+    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+    found = patchify.patchify(images, 14, 2, 2, mean, std, torch.float32)
+    rows = torch.tensor(mean, device=DEVICE), torch.tensor(std, device=DEVICE)
+    expected = patchify.patchify_reference(images, 14, 2, 2, *rows, torch.float32)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 class State(lanes.LaneState):
