@@ -166,12 +166,23 @@ def prefill_attention_reference(
 
 
 @triton.jit
-def _load_block(base, start, key, channel, stop, DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Rows `start + key` of keys or values; MASKED: those from `stop` on are zero."""
-    pointer = base + (start + key)[:, None] * DIM + channel[None, :]
+def _take_block(
+    best, norm, acc, q, k_ptr, v_ptr, begin, stop, earliest, latest, scale,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Fold keys from `begin` in; MASKED: rows see those in [earliest, latest], before `stop`."""
+    key = begin + tl.arange(0, BLOCK_N)
+    channel = tl.arange(0, BLOCK_D)
+    offset = key[:, None] * DIM + channel[None, :]
+    mask = (key < stop)[:, None] & (channel[None, :] < DIM) if MASKED else None
+    other = 0.0 if MASKED else None
+    scores = block_scores(q, tl.load(k_ptr + offset, mask=mask, other=other), scale, SOFTCAP)
     if MASKED:
-        return tl.load(pointer, mask=(key < stop)[:, None] & (channel[None, :] < DIM), other=0.0)
-    return tl.load(pointer)
+        seen = (key[None, :] >= earliest[:, None]) & (key[None, :] <= latest[:, None])
+        scores = tl.where(seen & (key < stop)[None, :], scores, float("-inf"))
+    values = tl.load(v_ptr + offset, mask=mask, other=other)
+    return fold_block(best, norm, acc, scores, values)
 
 
 @triton.jit
@@ -202,41 +213,32 @@ def _prefill_kernel(
     last = row  # the latest of the run's keys that a row sees
     if SPANS:
         last += tl.load(ahead_ptr + q_start + row, mask=row < q_length, other=0)
+    reach = tl.max(last, 0) + 1 if SPANS else first + BLOCK_M
     before = 0  # keys in earlier segments
     for s in tl.static_range(SEGMENTS):
         start = tl.load(entry + 3 + 2 * s).to(tl.int64)
         length = tl.load(entry + 4 + 2 * s)
-        stop = length
         shift = length - q_length  # of the last segment: keys before the run's own
-        if s == SEGMENTS - 1:
-            stop = first + BLOCK_M + shift
-            if SPANS:
-                stop = tl.max(last, 0) + 1 + shift
-            stop = tl.minimum(length, stop)
+        stop = tl.minimum(length, reach + shift) if s == SEGMENTS - 1 else length
         low = tl.maximum(position + first - WINDOW + 1 - before, 0) if WINDOW > 0 else 0
+        earliest = position + row - WINDOW + 1 - before if WINDOW > 0 else row * 0
+        latest = last + shift if s == SEGMENTS - 1 else row * 0 + length
         # Blocks that every row sees whole need no mask.
         full = low
         if WINDOW == 0 and DIM == BLOCK_D:
             full = tl.minimum(stop, first + shift + 1) if s == SEGMENTS - 1 else stop
             full = full // BLOCK_N * BLOCK_N
+        k_rows, v_rows = base_k + start * DIM, base_v + start * DIM
         for begin in range(low, full, BLOCK_N):
-            key = begin + tl.arange(0, BLOCK_N)
-            keys = _load_block(base_k, start, key, channel, stop, DIM, False)
-            scores = block_scores(q, keys, scale, SOFTCAP)
-            values = _load_block(base_v, start, key, channel, stop, DIM, False)
-            best, norm, acc = fold_block(best, norm, acc, scores, values)
+            best, norm, acc = _take_block(
+                best, norm, acc, q, k_rows, v_rows, begin, stop, earliest, latest, scale,
+                DIM, BLOCK_D, BLOCK_N, SOFTCAP, False,
+            )  # fmt: skip
         for begin in range(full, stop, BLOCK_N):
-            key = begin + tl.arange(0, BLOCK_N)
-            keys = _load_block(base_k, start, key, channel, stop, DIM, True)
-            scores = block_scores(q, keys, scale, SOFTCAP)
-            seen = (key < stop)[None, :]
-            if s == SEGMENTS - 1:
-                seen = seen & (key[None, :] <= last[:, None] + shift)
-            if WINDOW > 0:
-                seen = seen & (before + key[None, :] > position + row[:, None] - WINDOW)
-            scores = tl.where(seen, scores, float("-inf"))
-            values = _load_block(base_v, start, key, channel, stop, DIM, True)
-            best, norm, acc = fold_block(best, norm, acc, scores, values)
+            best, norm, acc = _take_block(
+                best, norm, acc, q, k_rows, v_rows, begin, stop, earliest, latest, scale,
+                DIM, BLOCK_D, BLOCK_N, SOFTCAP, True,
+            )  # fmt: skip
         before += length
     out = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     out_offset = (q_start + row[:, None]).to(tl.int64) * HQ * DIM + head * DIM + channel[None, :]
