@@ -267,7 +267,7 @@ def _vision_flops(sizes: ModelSizes, num_tokens: int) -> float:
 
 def _prefill_flops(sizes: ModelSizes, num_tokens: int, length: int) -> float:
     attention = 2 * num_tokens * length * sizes.num_heads * sizes.head_dim * sizes.num_layers
-    return 2 * sizes.decoder_params * num_tokens + attention
+    return 2 * (sizes.active_params or sizes.decoder_params) * num_tokens + attention
 
 
 def _add_cost(

@@ -23,6 +23,7 @@ from pipeline.kernels.decode_attention import (
     plan_decode,
 )
 from pipeline.kernels.lanes import advance
+from pipeline.kernels.mla_attention import mla_decode, mla_rope_and_cache
 from pipeline.kernels.rope import rope_and_cache
 from pipeline.models.base import Model
 
@@ -41,9 +42,13 @@ class DecodeAttend:
     def __call__(
         self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, last: Tensor | None
     ) -> Tensor:
-        k, v = self.cache.keys(layer), self.cache.values(layer)
-        q = rope_and_cache(qkv, cos, sin, k, v, self.places, self.config.num_heads)
         c = self.config
+        if c.mla is not None:
+            rows = self.cache.rows(layer)
+            q = mla_rope_and_cache(qkv, cos, sin, rows, self.places)
+            return mla_decode(q, rows, self.plan, c.scale, c.mla.rope).flatten(1)
+        k, v = self.cache.keys(layer), self.cache.values(layer)
+        q = rope_and_cache(qkv, cos, sin, k, v, self.places, c.num_heads)
         out = decode_attention(q, k, v, self.plan, c.scale, c.window(layer), c.softcap)
         return out.flatten(1)
 

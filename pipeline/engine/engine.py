@@ -57,8 +57,9 @@ class Engine:
         self.settings = settings
         self.outcomes = outcomes
         self.cache = KVCache(
-            c.num_layers, c.num_kv_heads, sizes.num_places, c.head_dim, model.dtype, model.device
-        )
+            c.num_layers, c.num_kv_heads, sizes.num_places, c.head_dim, model.dtype, model.device,
+            latent=c.mla is not None,
+        )  # fmt: skip
         self.slots = Slots(sizes.num_slots, model.device)
         pool = ExtentPool(NUM_TRASH, sizes.num_places)
         self.scheduler = Scheduler(pool, sizes.num_slots, sizes.prefill_tokens)

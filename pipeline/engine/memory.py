@@ -33,7 +33,10 @@ class EngineSizes:
 
 def place_bytes(model: Model) -> int:
     c = model.decoder.config
-    return KVCache.bytes_per_place(c.num_layers, c.num_kv_heads, c.head_dim, model.dtype.itemsize)
+    size = model.dtype.itemsize
+    return KVCache.bytes_per_place(
+        c.num_layers, c.num_kv_heads, c.head_dim, size, latent=c.mla is not None
+    )
 
 
 def activation_bytes(model: Model, prefill_tokens: int, num_slots: int) -> int:
@@ -41,6 +44,8 @@ def activation_bytes(model: Model, prefill_tokens: int, num_slots: int) -> int:
     c = model.decoder.config
     qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     per_token = 3 * c.intermediate_size + 6 * c.hidden_size + 2 * qkv
+    if c.moe is not None:
+        per_token += c.moe.top_k * (c.moe.inner + 2 * c.hidden_size)
     prefill = prefill_tokens * per_token * model.dtype.itemsize
     # NOTE: four patches a token, a tower as wide as half the decoder, images of 8 bytes a value.
     vision = prefill_tokens * 4 * 3 * c.hidden_size * model.dtype.itemsize

@@ -17,6 +17,7 @@ from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.schedule import Piece
 from pipeline.engine.slots import to_device
 from pipeline.kernels.decode_attention import DecodePlan, decode_attention, plan_decode
+from pipeline.kernels.mla_attention import mla_decode, mla_prefill, mla_rope_and_cache
 from pipeline.kernels.prefill_attention import (
     PrefillPlan,
     Run,
@@ -45,6 +46,8 @@ class PrefillAttend:
     def __call__(
         self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, last: Tensor | None
     ) -> Tensor:
+        if self.config.mla is not None:
+            return self._latent(layer, qkv, cos, sin, last)
         k, v = self.cache.keys(layer), self.cache.values(layer)
         q = rope_and_cache(qkv, cos, sin, k, v, self.places, self.config.num_heads)
         c = self.config
@@ -54,6 +57,17 @@ class PrefillAttend:
         # NOTE: a prompt's last token closes its span, if it stands in one: it sees no later key.
         q = q.index_select(0, last)
         return decode_attention(q, k, v, self.last_plan, c.scale, window, c.softcap).flatten(1)
+
+    def _latent(
+        self, layer: int, packed: Tensor, cos: Tensor, sin: Tensor, last: Tensor | None
+    ) -> Tensor:
+        rows, c = self.cache.rows(layer), self.config
+        assert c.mla is not None
+        q = mla_rope_and_cache(packed, cos, sin, rows, self.places)
+        if last is None:
+            return mla_prefill(q, rows, self.plan, c.scale, c.mla.rope).flatten(1)
+        q = q.index_select(0, last)
+        return mla_decode(q, rows, self.last_plan, c.scale, c.mla.rope).flatten(1)
 
 
 def encode_images(model: Model, images: Seq[tuple[Tensor, ImageLayout]]) -> Tensor | None:

@@ -221,9 +221,14 @@ def _decode_triton(
         BLOCK=BLOCK_KV, WINDOW=window or 0, SOFTCAP=softcap or 0.0,
         num_warps=4, num_stages=3 if block_d <= 128 else 2,
     )  # fmt: skip
-    if not single:
-        _join_kernel[(lanes * num_heads,)](
-            part, stat, out, splits, DIM=dim, SPLITS=next_power_of_2(splits), BLOCK_D=block_d,
-            num_warps=2,
-        )  # fmt: skip
+    return out if single else join_splits(part, stat, out)
+
+
+def join_splits(part: Tensor, stat: Tensor, out: Tensor) -> Tensor:
+    """Join the chunks `part` [B, H, S, D] by their log sums `stat` [B, H, S] into `out`."""
+    lanes, heads, splits, dim = part.shape
+    _join_kernel[(lanes * heads,)](
+        part, stat, out, splits, DIM=dim, SPLITS=next_power_of_2(splits),
+        BLOCK_D=max(16, next_power_of_2(dim)), num_warps=2,
+    )  # fmt: skip
     return out

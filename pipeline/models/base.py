@@ -101,7 +101,10 @@ class DenseAttend:
         turned = rotate(heads[:, : c.num_heads + c.num_kv_heads], cos, sin)
         q = turned[:, : c.num_heads]
         k = self._append(self.keys, layer, turned[:, c.num_heads :])
-        v = self._append(self.values, layer, heads[:, c.num_heads + c.num_kv_heads :])
+        if c.mla is not None:
+            v = k[..., c.mla.rope :]
+        else:
+            v = self._append(self.values, layer, heads[:, c.num_heads + c.num_kv_heads :])
         at = torch.arange(len(k) - len(q), len(k), device=q.device)
         if last is not None:
             q, at = q[last], at[last]

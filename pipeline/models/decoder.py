@@ -7,7 +7,7 @@ no family; issues no host synchronisation, so a CUDA graph can hold a call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pipeline.models.layers import GatedMLP, Linear, RMSNorm, norm_heads
 from pipeline.models.loading import Weights
+from pipeline.models.mla import MlaConfig, take_mla
+from pipeline.models.moe import MoE, MoeConfig
 from pipeline.models.rope import Rope, RopeConfig
 
 
@@ -48,6 +50,8 @@ class DecoderConfig:
     logit_softcap: float | None = None
     embed_scale: float | None = None
     tied: bool = False
+    mla: MlaConfig | None = None  # then one KV head of `mla.row` values, which is key and value
+    moe: MoeConfig | None = None
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
@@ -79,7 +83,10 @@ class Attend(Protocol):
     def __call__(
         self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, last: Tensor | None
     ) -> Tensor:
-        """Return the heads' outputs [n, Hq * D]: of the rows `last`, or of all when it is None."""
+        """Return the heads' outputs [n, Hq * D]: of the rows `last`, or of all when it is None.
+
+        With `mla`, `qkv` is [T, (Hq + 1) * D] and the outputs are [n, Hq * rank].
+        """
         ...
 
 
@@ -88,10 +95,10 @@ class DecoderLayer:
     """One layer's weights; the two post norms are Gemma's."""
 
     attention_norm: RMSNorm
-    qkv: Linear
-    out: Linear
+    qkv: Callable[[Tensor], Tensor]
+    out: Callable[[Tensor], Tensor]
     mlp_norm: RMSNorm
-    mlp: GatedMLP
+    mlp: Callable[[Tensor], Tensor]
     head_norm: Tensor | None = None  # [Hq + Hk, D]
     post_attention_norm: RMSNorm | None = None
     post_mlp_norm: RMSNorm | None = None
@@ -105,23 +112,41 @@ def _take_head_norm(weights: Weights, name: str, c: DecoderConfig) -> Tensor:
     return torch.cat([q.expand(c.num_heads, -1), k.expand(c.num_kv_heads, -1)]).contiguous()
 
 
-def _take_layer(weights: Weights, name: str, c: DecoderConfig) -> DecoderLayer:
+def _take_attention(
+    weights: Weights, name: str, c: DecoderConfig
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    if c.mla is not None:
+        return take_mla(weights, name, c.hidden_size, c.num_heads, c.mla)
+    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    parts = [f"{name}.{p}_proj" for p in "qkv"]
+    sizes = [q_size, kv_size, kv_size]
+    qkv = Linear.merged(weights, parts, sizes, c.hidden_size, c.qkv_bias)
+    return qkv, Linear.take(weights, f"{name}.o_proj", c.hidden_size, q_size, c.out_bias)
+
+
+def _take_mlp(
+    weights: Weights, name: str, c: DecoderConfig, index: int
+) -> Callable[[Tensor], Tensor]:
+    if c.moe is not None and c.moe.at(index):
+        return MoE.take(weights, name, c.hidden_size, c.moe, c.act)
+    return GatedMLP.take(weights, name, c.hidden_size, c.intermediate_size, c.mlp_bias, c.act)
+
+
+def _take_layer(weights: Weights, stem: str, c: DecoderConfig, index: int) -> DecoderLayer:
+    name = f"{stem}.{index}"
+
     def norm(part: str) -> RMSNorm:
         return RMSNorm.take(weights, f"{name}.{part}", c.hidden_size, c.eps, c.norm_offset)
 
-    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     attention = f"{name}.self_attn"
-    parts = [f"{attention}.{p}_proj" for p in "qkv"]
-    sizes = [q_size, kv_size, kv_size]
+    qkv, out = _take_attention(weights, attention, c)
     mlp_norm = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
     return DecoderLayer(
         attention_norm=norm("input_layernorm"),
-        qkv=Linear.merged(weights, parts, sizes, c.hidden_size, c.qkv_bias),
-        out=Linear.take(weights, f"{attention}.o_proj", c.hidden_size, q_size, c.out_bias),
+        qkv=qkv,
+        out=out,
         mlp_norm=norm(mlp_norm),
-        mlp=GatedMLP.take(
-            weights, f"{name}.mlp", c.hidden_size, c.intermediate_size, c.mlp_bias, c.act
-        ),
+        mlp=_take_mlp(weights, f"{name}.mlp", c, index),
         head_norm=_take_head_norm(weights, attention, c) if c.qk_norm else None,
         post_attention_norm=norm("post_attention_layernorm") if c.post_norms else None,
         post_mlp_norm=norm("post_feedforward_layernorm") if c.post_norms else None,
@@ -152,7 +177,7 @@ class Decoder:
     ) -> Decoder:
         """Take `<name>.layers.N`, `<name>.norm` and `lm_head`, or `embedding` for a tied head."""
         layers = [
-            _take_layer(weights, f"{name}.layers.{i}", config) for i in range(config.num_layers)
+            _take_layer(weights, f"{name}.layers", config, i) for i in range(config.num_layers)
         ]
         norm = RMSNorm.take(
             weights, f"{name}.norm", config.hidden_size, config.eps, config.norm_offset

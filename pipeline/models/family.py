@@ -40,6 +40,8 @@ class ModelSizes:
     patches_per_run: int = 0  # patches that see each other in full blocks; 0: an image's
     vision_width: int = 0
     vision_full_blocks: int = 0  # blocks in which all patches of an image see each other
+    active_params: int = 0  # of the decoder, that one token meets; 0: all
+    latent_values: int = 0  # of a token and layer in a compressed cache; 0: keys and values
 
     @property
     def num_params(self) -> int:
@@ -48,7 +50,8 @@ class ModelSizes:
 
     @property
     def kv_values_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        row = self.latent_values or 2 * self.num_kv_heads * self.head_dim
+        return self.num_layers * row
 
 
 def decoder_sizes(text: Mapping[str, Any], tied: bool = False) -> dict[str, int]:

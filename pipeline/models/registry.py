@@ -59,6 +59,13 @@ FAMILIES = (
         weights_gb=14.8,
     ),
     Entry(
+        name="deepseek-vl2",
+        spec="pipeline.models.families.deepseek_vl2.spec",
+        example="deepseek-ai/deepseek-vl2",
+        templates=("deepseek-vl2",),
+        weights_gb=55.0,
+    ),
+    Entry(
         name="minicpm-v",
         spec="pipeline.models.families.minicpm.spec",
         example="openbmb/MiniCPM-V-2_6",

@@ -68,8 +68,20 @@ class Bench:
         **sampling: Any,
     ) -> Request:
         turn = Turn("user", (*range(len(pictures)), text))
-        layouts = [self.family.layout(p.shape[1], p.shape[0]) for p in pictures]
-        tokens, starts = self.family.tokenize([turn], layouts, self.tokenizer)
+        return self.request_of(row, [turn], pictures, prompt, **sampling)
+
+    def request_of(
+        self,
+        row: int,
+        turns: Sequence[Turn],
+        pictures: Sequence[np.ndarray],
+        prompt: str = "p",
+        **sampling: Any,
+    ) -> Request:
+        """As `request`, of a whole conversation."""
+        count = len(pictures)
+        layouts = [self.family.layout(p.shape[1], p.shape[0], count) for p in pictures]
+        tokens, starts = self.family.tokenize(turns, layouts, self.tokenizer)
         images = []
         for pixels, layout, start in zip(pictures, layouts, starts, strict=True):
             digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()

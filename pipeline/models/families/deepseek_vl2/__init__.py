@@ -1,0 +1,1 @@
+"""The DeepSeek-VL2 family."""
