@@ -57,7 +57,11 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One picture that a family makes of an image: `box` of it, resized, set on a canvas."""
+    """One picture that a family makes of an image: `box` of it, resized, set on a canvas.
+
+    A box may reach beyond the image, and `resized` at its offset beyond the canvas: the one is
+    filled, the other cut away.
+    """
 
     height: int  # of the canvas, in pixels
     width: int

@@ -80,12 +80,16 @@ def _axis(size_in: int, size_out: int, filter: str, device: torch.device) -> tup
 
 def resize(image: Tensor, height: int, width: int, filter: str = "bicubic") -> Tensor:
     """uint8 [H, W, 3] -> uint8 [height, width, 3], equal to Pillow's `resize` by that filter."""
-    axes = (0, 1) if _rows_first(image.shape[0] - height, image.shape[1] - width) else (1, 0)
-    for axis in axes:
+    for axis in pass_order((image.shape[0], image.shape[1]), (height, width)):
         size = width if axis else height
         if image.shape[axis] != size:
             image = _pass(image, size, axis, filter)
     return image
+
+
+def pass_order(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """The axes in the order of Pillow's passes; sizes are (height, width)."""
+    return (0, 1) if _rows_first(source[0] - target[0], source[1] - target[1]) else (1, 0)
 
 
 def _rows_first(height_lost: int, width_lost: int) -> bool:
@@ -98,6 +102,42 @@ def _pass(image: Tensor, size_out: int, axis: int, filter: str) -> Tensor:
     if use_triton(image):
         return _resize_axis_triton(image.contiguous(), index, weight, axis)
     return resize_axis_reference(image, index, weight, axis)
+
+
+def resize_axis_beyond(
+    image: Tensor, axis: int, span: tuple[int, int], size_out: int, fill: Tensor, filter: str
+) -> Tensor:
+    """One pass over `span` (start, size) of an axis, which may reach beyond the image.
+
+    What lies there has the colour `fill` [3]; equal to a pass over an image so enlarged, which is
+    never made.
+    """
+    length = image.shape[axis]
+    index, weight, first, last = _axis_beyond(length, *span, size_out, filter, image.device)
+    shape, edge = list(image.shape), list(image.shape)
+    shape[axis], edge[axis] = size_out, 1
+    out = fill.expand(shape).contiguous()
+    if first == last:
+        return out
+    border = fill.expand(edge)
+    bordered = torch.cat([border, image, border], axis)
+    one_pass = _resize_axis_triton if use_triton(image) else resize_axis_reference
+    out.narrow(axis, first, last - first).copy_(one_pass(bordered, index, weight, axis))
+    return out
+
+
+@lru_cache(maxsize=512)
+def _axis_beyond(
+    length: int, start: int, size_in: int, size_out: int, filter: str, device: torch.device
+) -> tuple[Tensor, Tensor, int, int]:
+    """Places in the image with an edge pixel on both sides, and which outputs see the image."""
+    first, fixed = coefficients(size_in, size_out, filter)
+    place = np.minimum(first[:, None] + np.arange(fixed.shape[1]), size_in - 1) + start
+    seen = np.flatnonzero(((place >= 0) & (place < length) & (fixed != 0)).any(1))
+    low, high = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+    index = np.clip(place[low:high] + 1, 0, length + 1).astype(np.int32)
+    weight = np.ascontiguousarray(fixed[low:high].astype(np.int32))
+    return torch.from_numpy(index).to(device), torch.from_numpy(weight).to(device), low, high
 
 
 def resize_axis_reference(image: Tensor, index: Tensor, weight: Tensor, axis: int) -> Tensor:

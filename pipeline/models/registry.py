@@ -79,6 +79,27 @@ FAMILIES = (
         templates=("smolvlm",),
         weights_gb=4.5,
     ),
+    Entry(
+        name="llava",
+        spec="pipeline.models.families.llava.spec",
+        example="liuhaotian/llava-v1.5-13b",
+        templates=("vicuna_v1.1", "mistral", "chatml-llava"),
+        weights_gb=26.7,
+    ),
+    Entry(
+        name="llava-next",
+        spec="pipeline.models.families.llava.next",
+        example="lmms-lab/llava-next-72b",
+        templates=("chatml-llava", "llava_llama_3"),
+        weights_gb=145.4,
+    ),
+    Entry(
+        name="llava-onevision",
+        spec="pipeline.models.families.llava.onevision",
+        example="lmms-lab/llava-onevision-qwen2-7b-ov",
+        templates=("chatml-llava",),
+        weights_gb=16.1,
+    ),
     _GENERIC,  # last: it takes what no family of ours does
 )
 
@@ -103,8 +124,9 @@ def family_for(checkpoint: Checkpoint, settings: ModelSettings) -> Family:
     for entry in FAMILIES:
         spec = import_module(entry.spec)
         if spec.matches(checkpoint.config):
-            _check_template(settings.chat_template, entry)
+            _check_template(settings.chat_template, entry.name, entry.templates)
             family: Family = spec.build(checkpoint, settings)
+            _check_template(settings.chat_template, entry.name, family.templates)
             return family
     config = checkpoint.config
     raise UserError(
@@ -114,11 +136,11 @@ def family_for(checkpoint: Checkpoint, settings: ModelSettings) -> Family:
     )
 
 
-def _check_template(wanted: str, entry: Entry) -> None:
-    if wanted in ("auto", *entry.templates):
+def _check_template(wanted: str, family: str, templates: tuple[str, ...]) -> None:
+    """Raise UserError unless `wanted` is one of `templates`."""
+    if wanted in ("auto", *templates):
         return
-    right = " or ".join(repr(name) for name in dict.fromkeys([*entry.templates, "auto"]))
+    right = " or ".join(repr(name) for name in dict.fromkeys([*templates, "auto"]))
     raise UserError(
-        f"model.chat_template {wanted!r} is not the template of this {entry.name} model;"
-        f" write {right}"
+        f"model.chat_template {wanted!r} is not the template of this {family} model; write {right}"
     )

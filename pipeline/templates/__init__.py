@@ -19,6 +19,7 @@ _FILES = {
     "mistral": "mistral",
     "vicuna_v1.1": "vicuna",
     "chatml-llava": "chatml_llava",
+    "llava_llama_3": "llava_llama_3",
     "gemma-it": "gemma_it",
     "kimi-vl": "kimi_vl",
     "smolvlm": "smolvlm",

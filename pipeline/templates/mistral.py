@@ -1,4 +1,4 @@
-"""The `mistral` template: Pixtral, without blanks; the system text opens the last user turn."""
+"""The `mistral` template: Pixtral, without blanks, system text in the last user turn; LLaVA 1.6."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ TEMPLATE = Template(
     assistant="{content}</s>",
     answer="",
     system_opens="last",
+    alternate=True,
+    stop=("</s>",),
+)
+
+LLAVA = Template(
+    name="mistral",
+    control=("<s>", "</s>", "<image>"),
+    start="<s>",
+    user="[INST] {content} [/INST]",
+    assistant=" {content} </s>",
+    answer="",
+    after_image="\n",
+    between_images="\n",
+    system_start="<<SYS>>\n",
+    system_separator="\n<</SYS>>\n\n",
     alternate=True,
     stop=("</s>",),
 )

@@ -49,7 +49,8 @@ class Template:
     before_image: str = ""  # between text and an image that follows it
     after_image: str = ""  # between an image and text that follows it
     between_images: str = ""
-    system_separator: str = "\n\n"  # where `system` is None
+    system_start: str = ""  # before and after the system text, where `system` is None
+    system_separator: str = "\n\n"
     strip: bool = False  # contents lose outer blanks
     strip_each: bool = False  # each text of a turn loses outer blanks, the system text none
     stop: tuple[str, ...] = ()  # tokens that end an answer
@@ -113,7 +114,8 @@ def _with_system(
     if not users:
         return list(turns)
     chosen = users[0 if template.system_opens == "first" else -1]
-    opened = (*system, template.system_separator, *turns[chosen].parts)
+    start = (template.system_start,) if template.system_start else ()
+    opened = (*start, *system, template.system_separator, *turns[chosen].parts)
     return [
         replace(turn, parts=opened) if number == chosen else turn
         for number, turn in enumerate(turns)

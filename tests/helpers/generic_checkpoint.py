@@ -1,6 +1,7 @@
 """A small random LLaVA checkpoint as transformers saves it, for the unfused path.
 
-CLIP tower, Llama decoder, byte-level tokenizer, chat template; no torchvision is needed for it.
+CLIP tower, Qwen3 decoder (no LLaVA that we fuse has one), byte-level tokenizer, chat template;
+no torchvision is needed for it.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ TEMPLATE = (
 
 
 def _config() -> Any:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import CLIPVisionConfig, LlavaConfig, Qwen3Config
 
     ids = special_ids()
-    text = LlamaConfig(
+    text = Qwen3Config(
         vocab_size=384,
         hidden_size=48,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=12,
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=ids["<|im_end|>"],

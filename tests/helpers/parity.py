@@ -57,14 +57,14 @@ def open_ours(folder: Path, build: Any, dtype: torch.dtype = torch.float32) -> M
     return load_model(checkpoint, build(checkpoint, settings), "cpu", dtype)
 
 
-def make_prompt(family: Family, parts: Sequence[Part]) -> Prompt:
+def make_prompt(family: Family, parts: Sequence[Part], num_images: int = 1) -> Prompt:
     tokens: list[int] = []
     images, layouts, starts = [], [], []
     for part in parts:
         if isinstance(part, list):
             tokens += part
             continue
-        layout = family.layout(part.shape[1], part.shape[0])
+        layout = family.layout(part.shape[1], part.shape[0], num_images)
         images.append(part)
         layouts.append(layout)
         starts.append(len(tokens))

@@ -25,7 +25,12 @@ LLAVA = {
     "model_type": "llava",
     "image_token_index": 360,
     "image_seq_length": 576,
-    "text_config": {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64},
+    "text_config": {
+        "model_type": "qwen3",
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+    },
 }
 LLAVA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {% for c in m.content %}"

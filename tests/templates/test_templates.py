@@ -39,6 +39,10 @@ ONE_IMAGE = {
     ),
     "mistral": "<s>[INST]«0»Q[/INST]",
     "vicuna_v1.1": f"<s>{VICUNA} USER: «0»\nQ ASSISTANT:",
+    "llava_llama_3": (
+        f"<|begin_of_text|>{LLAMA.format('system')}{JANUS}<|eot_id|>{LLAMA.format('user')}«0»\nQ"
+        f"<|eot_id|>{LLAMA.format('assistant')}"
+    ),
     "chatml-llava": CHATML.format("You are a helpful assistant.", "«0»\n"),
     "gemma-it": (
         "<bos><start_of_turn>user\n\n\n<start_of_image>«0»<end_of_image>\n\nQ<end_of_turn>\n"

@@ -159,9 +159,11 @@ def image_patches(
 ) -> Tensor:
     """uint8 [B, H, W, 3] -> [B, N, 3 * patch²], normalised, rows of patches after one another.
 
-    Arithmetic is the processors' in float32: `x * (1/255)`, minus the mean, over the deviation.
+    Arithmetic is the processors': `x * (1/255)` in float64, then in float32 minus the mean, over
+    the deviation.
     """
-    pixels = (images.float() * (1.0 / 255.0) - row(mean, images.device)) / row(std, images.device)
+    scaled = (images.double() * (1.0 / 255.0)).float()
+    pixels = (scaled - row(mean, images.device)) / row(std, images.device)
     count, height, width, _ = images.shape
     cut = pixels.to(dtype).view(count, height // patch, patch, width // patch, patch, -1)
     return cut.permute(0, 1, 3, 5, 2, 4).reshape(count, (height // patch) * (width // patch), -1)

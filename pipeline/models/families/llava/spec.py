@@ -1,0 +1,176 @@
+"""LLaVA 1.5 and 1.6 on Vicuna, Mistral and Yi: detection, templates, image layout, prompt tokens.
+
+The base of the other rows (`next.py`, `onevision.py`). The weights' side stands in `model.py`.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import RowError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.families.llava import tiles
+from pipeline.models.families.llava.config import (
+    LLAMA_3_VOCABULARY,
+    LlavaConfig,
+    read,
+    row_of,
+)
+from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.rows import ImageLayout, Turn, View
+from pipeline.settings import ModelSettings
+from pipeline.templates import chatml_llava, llava_llama_3, mistral, vicuna
+from pipeline.templates.render import Control, Template
+
+if TYPE_CHECKING:
+    from pipeline.tokenizer import Tokenizer
+
+_CLIP = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+_SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_MAX_CROPPED = 65_536  # pixels of the longer side before the middle is cut out
+
+
+def matches(config: Mapping[str, Any]) -> bool:
+    """True for a LLaVA 1.5 or 1.6 checkpoint, judged by its plain config.json."""
+    return row_of(config) == "llava"
+
+
+def build(checkpoint: Checkpoint, settings: ModelSettings) -> Llava:
+    return Llava(checkpoint, settings)
+
+
+class Llava(Family):
+    """A LLaVA checkpoint without its weights."""
+
+    name = "llava"
+
+    def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
+        self.config = config = read(checkpoint)
+        self.template = template_of(config, checkpoint)
+        self.templates = (self.template.name,)
+        self.context_length = int(config.text["max_position_embeddings"])
+        stops = [checkpoint.token_id(token) for token in self.template.stop]
+        ends = end_tokens(checkpoint, config.text, self.template)
+        self.eos_token_ids = tuple(dict.fromkeys([*ends, *(i for i in stops if i is not None)]))
+        self.default_sampling = default_sampling(checkpoint.generation_config)
+        self.image_token_id = _image_token(checkpoint, config)
+        self.sizes = _sizes(config)
+        tokenizer = checkpoint.json("tokenizer_config.json") or {}
+        self.legacy_blanks = tokenizer.get("legacy") in (None, True)
+        self._read_processor(checkpoint.preprocessor_config)
+
+    def _read_processor(self, processor: Mapping[str, Any]) -> None:
+        mean, std = _CLIP if self.config.tower.kind == "clip" else _SIGLIP
+        if not self.config.original:
+            mean = tuple(processor.get("image_mean") or mean)
+            std = tuple(processor.get("image_std") or std)
+        self.image_mean, self.image_std = mean, std
+        red, green, blue = (int(value * 255) for value in mean)
+        self.background = (red, green, blue)
+
+    def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
+        """One square picture, or a small one and the tiles of a large one."""
+        if self.config.tiled:
+            return self._tiled(width, height)
+        return self._square(width, height, self.config.aspect)
+
+    def _square(self, width: int, height: int, aspect: str, newline: bool = False) -> ImageLayout:
+        tower = self.config.tower
+        views: tuple[View, ...] = ()
+        if aspect == "pad" and width != height:
+            views = (tiles.padded_view(height, width, tower.side, self.background),)
+        elif aspect == "crop" and width != height:
+            view = tiles.cropped_view(height, width, tower.side)
+            if max(view.resized) > _MAX_CROPPED:
+                raise RowError("bad_aspect_ratio", f"The image is {width}x{height}.")
+            views = (view,)
+        grid = (1, tower.grid, tower.grid)
+        tokens = tower.grid**2 + self.config.keeps_class + newline
+        return ImageLayout(tower.side, tower.side, grid, tokens, views)
+
+    def _tiled(self, width: int, height: int) -> ImageLayout:
+        """`grid` counts the tiles, and the rows and columns of features before any pooling."""
+        c, patches = self.config, self.config.tower.grid
+        resolution = tiles.best_resolution(height, width, c.pinpoints)
+        views = tiles.tile_views(height, width, resolution, c.tower.side)
+        down, across = (size // c.tower.side for size in resolution)
+        full = (down * patches, across * patches)
+        grid = tiles.unpadded(height, width, full, rounded=not c.original)
+        rows, columns = tiles.pooled(grid, patches, c.max_tiles)
+        tokens = patches**2 + rows * (columns + 1)
+        return ImageLayout(*resolution, (1 + down * across, *grid), tokens, views)
+
+    def tokenize(
+        self, turns: Sequence[Turn], layouts: Sequence[ImageLayout], tokenizer: Tokenizer
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
+        """As the original code: text is cut at the images and each part tokenized by itself.
+
+        A SentencePiece tokenizer sets a blank before each part; where it is a legacy one, after a
+        control token too.
+        """
+        chunks: list[np.ndarray] = [np.zeros(0, np.int32)]
+        starts: list[int] = []
+        begun = False  # the part has something before this piece
+        for piece in self.render(turns):
+            if isinstance(piece, int):
+                starts.append(sum(map(len, chunks)))
+                chunks.append(self.image_tokens(layouts[piece]))
+                begun = False
+                continue
+            control = isinstance(piece, Control)
+            continued = begun and not self.legacy_blanks
+            chunks.append(tokenizer.ids(piece, special=control, continued=continued))
+            begun = begun or piece != self.template.start
+        return np.concatenate(chunks), tuple(starts)
+
+
+def template_of(config: LlavaConfig, checkpoint: Checkpoint) -> Template:
+    """The template that goes with the checkpoint's language model."""
+    if config.decoder == "qwen2":
+        return chatml_llava.TEMPLATE
+    if config.decoder == "mistral":
+        return mistral.LLAVA
+    if int(config.text["vocab_size"]) >= LLAMA_3_VOCABULARY:
+        return llava_llama_3.TEMPLATE
+    if checkpoint.token_id("<|im_start|>") is not None:
+        return chatml_llava.YI
+    return vicuna.TEMPLATE
+
+
+def _image_token(checkpoint: Checkpoint, config: LlavaConfig) -> int:
+    """An id for the places of images; the original layout has none, and no place keeps its row."""
+    found = checkpoint.config.get("image_token_index", checkpoint.config.get("image_token_id"))
+    if not config.original and found is not None:
+        return int(found)
+    last = int(config.text["vocab_size"]) - 1
+    return last if config.decoder == "qwen2" or last + 1 >= LLAMA_3_VOCABULARY else 0
+
+
+def _sizes(config: LlavaConfig) -> ModelSizes:
+    text, tower = config.text, config.tower
+    hidden, layers = text["hidden_size"], text["num_hidden_layers"]
+    heads = text["num_attention_heads"]
+    kv_heads = text.get("num_key_value_heads") or heads
+    head_dim = text.get("head_dim") or hidden // heads
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    block = 4 * tower.size**2 + 2 * tower.size * tower.inner
+    return ModelSizes(
+        num_layers=layers,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        num_heads=heads,
+        decoder_params=layers * (attention + 3 * hidden * text["intermediate_size"]),
+        embedding_params=(1 if config.tied else 2) * hidden * text["vocab_size"],
+        vision_params=tower.depth * block,
+        projector_params=tower.size * hidden + (config.projector_layers - 1) * hidden**2,
+        patches_per_token=4 if config.max_tiles else 1,
+        vision_width=tower.size,
+        vision_full_blocks=tower.depth,
+    )
