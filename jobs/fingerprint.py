@@ -49,6 +49,7 @@ def fingerprint(config: JobConfig, checkpoint: Mapping[str, str] | str) -> Finge
     values: dict[str, Any] = {f"model.{key}": value for key, value in identity.items()}
     values |= {f"model.{name}": getattr(config.model, name) for name in _MODEL_FIELDS}
     values |= {f"input.{name}": getattr(config.input, name) for name in _INPUT_FIELDS}
+    values |= {f"video.{name}": value for name, value in config.video.model_dump().items()}
     values |= {f"engine.{name}": getattr(config.engine, name) for name in _ENGINE_FIELDS}
     values |= {f"generation.{k}": v for k, v in config.generation.model_dump().items()}
     values["system"] = config.system

@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import selectors
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
+from pipeline import helper_process
 from pipeline.decode_worker import READY, Task
 from pipeline.errors import EngineError, RowError
 
@@ -27,12 +25,6 @@ TASKS_A_WORKER = 2  # one at work, one at hand
 MAX_CRASHES = 2
 MAX_FAILED_STARTS = 5  # in a row, before the attempt ends
 TASK_TIMEOUT_SEC = 120.0
-_BOOT = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
-from pipeline.decode_worker import main
-main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-"""
 
 # The allocator keeps what a picture needed for the next one: page faults took half of the time.
 _ENVIRONMENT = {
@@ -50,16 +42,9 @@ class _Worker:
     """One process, from this side."""
 
     def __init__(self, max_pixels: int, arena: str) -> None:
-        self.socket, theirs = socket.socketpair()
-        paths, number = json.dumps(sys.path), str(theirs.fileno())
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _BOOT, paths, number, str(max_pixels), arena],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, **_ENVIRONMENT},
-            )
+        self.process, self.socket = helper_process.start(
+            "pipeline.decode_worker", str(max_pixels), arena, environment=_ENVIRONMENT
+        )
         self.tasks: deque[Task] = deque()
         self.ready = False
         self.since = time.monotonic()  # when the first task came to its front
@@ -86,11 +71,7 @@ class _Worker:
     def end(self, patience_sec: float = 0.0) -> None:
         """Waits that long for the process to end by itself, then kills it."""
         self.socket.close()
-        try:
-            self.process.wait(patience_sec)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        helper_process.end(self.process, patience_sec)
 
 
 class DecodePool:
@@ -230,7 +211,7 @@ class DecodePool:
             suspect = tasks[0].number
             self._crashes[suspect] = self._crashes.get(suspect, 0) + 1
             if self._crashes[suspect] >= MAX_CRASHES:
-                message = "The image brought a decoding process down twice."
+                message = "The image or video brought a decoding process down twice."
                 self._done(tasks.pop(0), RowError("worker_crash", message))
                 num_tasks -= 1
         with self._changed:

@@ -1,4 +1,4 @@
-"""One image-decoding process: tasks in by socket, pixels out by shared memory.
+"""One decoding process for images and videos: tasks in by socket, pixels by shared memory.
 
 Reads the encoded bytes from the spool by path and offset and writes RGB rows to where the task
 says. Started by `decode_pool` as a fresh interpreter. Knows no row and no order. Imports no torch.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -20,13 +22,14 @@ from PIL import Image
 
 from pipeline.errors import EngineError, RowError
 from pipeline.images import decode_image
+from pipeline.video import Limits, read_frames
 
 READY = -1  # the number of the first message: the process can take tasks
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the parent decides
 
 
 class Task(NamedTuple):
-    """Decode `num_bytes` at `offset` of `path` into `memory` at `place` as [height, width, 3]."""
+    """Decode `num_bytes` at `offset` of `path` into `memory` at `place` as `shape`."""
 
     number: int
     path: str
@@ -40,26 +43,46 @@ class Task(NamedTuple):
     memory: str
     memory_size: int
     place: int
+    frames: Sequence[int] = ()  # of a video: which of its frames
+    timeout_sec: float = 0.0
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.out_height, self.out_width, 3
+    def shape(self) -> tuple[int, ...]:
+        """[height, width, 3] of an image, [frames, height, width, 3] of a video."""
+        size = self.out_height, self.out_width, 3
+        return (len(self.frames), *size) if self.frames else size
 
     @property
     def out_bytes(self) -> int:
-        return 3 * self.out_width * self.out_height
+        return 3 * self.out_width * self.out_height * max(1, len(self.frames))
 
 
-def pixels_of(task: Task, max_pixels: int) -> Image.Image:
-    """The task's image, resized as the official processors call Pillow."""
-    image = decode_image(_spooled(task), max_pixels)
+def decode_into(out: np.ndarray, task: Task, max_pixels: int) -> None:
+    """Write the task's image or frames, resized as the official processors call Pillow."""
+    data = _spooled(task)
+    if not task.frames:
+        np.copyto(out, np.asarray(_sized(decode_image(data, max_pixels), task)))
+        return
+    limits = Limits(max_pixels, math.inf, task.timeout_sec)
+    places: dict[int, list[int]] = {}
+    for place, number in enumerate(task.frames):
+        places.setdefault(number, []).append(place)
+    for number, pixels in read_frames(data, task.frames, limits):
+        frame = np.asarray(_sized(Image.fromarray(pixels), task))
+        for place in places[number]:
+            np.copyto(out[place], frame)
+
+
+def _sized(image: Image.Image, task: Task) -> Image.Image:
     if image.size != (task.width, task.height):
+        if task.frames:
+            raise RowError("video_unreadable", "The video's frames change their size.")
         raise RowError("corrupt_image", "The image's size differs from its header's.")
     size = task.out_width, task.out_height
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def main(connection: int, max_pixels: int, arena: str) -> None:
+def main(connection: int, max_pixels: str, arena: str) -> None:
     """Serve tasks until the socket closes; `arena` is the memory that lives as long."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -70,20 +93,20 @@ def main(connection: int, max_pixels: int, arena: str) -> None:
         _silence()
         for line in lines:
             task = Task(*json.loads(line))
-            _say(link, [task.number, *_serve(task, memories, max_pixels)])
+            _say(link, [task.number, *_serve(task, memories, int(max_pixels))])
 
 
 def _serve(task: Task, memories: _Memories, max_pixels: int) -> tuple[str | None, str | None]:
     """(error code, message); the code `engine` is no row's fault."""
     try:
-        image = pixels_of(task, max_pixels)
-        memories.write(task, np.asarray(image))
+        memories.fill(task, max_pixels)
     except RowError as error:
         return error.code, str(error)
     except EngineError as error:
         return "engine", str(error)
     except MemoryError:
-        return "image_too_large", "The image does not fit the memory."
+        code = "video_too_large" if task.frames else "image_too_large"
+        return code, "The pixels do not fit the memory."
     return None, None
 
 
@@ -109,18 +132,18 @@ class _Memories:
         self._path = arena
         self._arena: mmap.mmap | None = None
 
-    def write(self, task: Task, pixels: np.ndarray) -> None:
+    def fill(self, task: Task, max_pixels: int) -> None:
         if task.memory != self._path:
-            with _map(task) as memory:
-                _write(memory, task, pixels)
+            # NOTE: not closed here, since an error's traceback may still hold an array on it.
+            _fill(_map(task), task, max_pixels)
             return
         if self._arena is None:
             self._arena = _map(task)
-        _write(self._arena, task, pixels)
+        _fill(self._arena, task, max_pixels)
 
 
-def _write(memory: mmap.mmap, task: Task, pixels: np.ndarray) -> None:
-    np.copyto(np.ndarray(task.shape, np.uint8, memory, task.place), pixels)
+def _fill(memory: mmap.mmap, task: Task, max_pixels: int) -> None:
+    decode_into(np.ndarray(task.shape, np.uint8, memory, task.place), task, max_pixels)
 
 
 def _map(task: Task) -> mmap.mmap:

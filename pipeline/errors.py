@@ -11,7 +11,8 @@ CODES = MappingProxyType(
     {
         # input
         "missing_image": "The row has no image although the job reads one.",
-        "missing_file": "The image's path does not exist or cannot be read.",
+        "missing_video": "The row has no video although the job reads one.",
+        "missing_file": "The path of an image or video does not exist or cannot be read.",
         "bad_row": "The row's values have types that the job cannot use.",
         "bad_messages": "The messages column does not hold OpenAI-style turns.",
         "bad_prompt": "The prompt cannot be filled from the row's columns.",
@@ -23,13 +24,22 @@ CODES = MappingProxyType(
         "truncated_image": "The image ends before its last pixel.",
         "corrupt_image": "The image cannot be decoded.",
         "image_too_large": "The image has more pixels than input.max_pixels.",
-        "file_too_large": "The image has more bytes than input.max_bytes.",
+        "file_too_large": "The file has more bytes than input.max_bytes or max_video_bytes.",
         "bad_aspect_ratio": "The image is longer than the model accepts for its width.",
         "too_many_images": "The row has more images than input.max_images.",
-        "too_many_frames": "The image or video has more frames than allowed.",
+        # videos
+        "empty_video": "The video has no bytes or no frames.",
+        "not_a_video": "The bytes are no video of a supported container.",
+        "no_video_stream": "The file has no pictures, only sound or text.",
+        "truncated_video": "The video ends before the end that its container names.",
         "video_unreadable": "The video cannot be decoded.",
-        # remote images
-        "remote_disabled": "The image is a URL and input.remote is off.",
+        "video_too_large": "The video's frames have more pixels than input.max_pixels.",
+        "video_too_long": "The video lasts longer than input.max_video_sec.",
+        "too_many_frames": "The image or video has more frames than allowed.",
+        "too_many_videos": "The row has more videos than input.max_videos.",
+        "video_timeout": "The video was not read within input.video_timeout_sec.",
+        # remote images and videos
+        "remote_disabled": "The image or video is a URL and input.remote is off.",
         "remote_forbidden": "The URL leads to a private or local address.",
         "remote_failed": "The URL cannot be read.",
         "remote_timeout": "The URL did not answer in time.",

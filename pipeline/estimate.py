@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -182,6 +182,7 @@ def estimate(
         _add_bands(plan, bands)
         _add_work(plan, family.sizes, work)
     loader.close()
+    preparer.close()
     if max_rows is None or result.rows_read < min(max_rows, total):
         result.rows = result.rows_read
     result.bands = [bands[key] for key in sorted(bands, reverse=True)]
@@ -225,7 +226,7 @@ def _windows(preparer: Preparer, rows: Iterable[Row], result: Estimate) -> Itera
 
 def _numbered(row: Row, number: int) -> Row:
     """The row under a number of its own: files count from zero each."""
-    return Row(row.row_id, number, row.columns, row.images, row.messages, row.error)
+    return replace(row, index=number)
 
 
 def _add_bands(plan: Plan, bands: dict[int, Band]) -> None:

@@ -1,4 +1,4 @@
-"""Items in their order, their images decoded by worker processes into shared memory.
+"""Items in their order, their images and videos decoded by processes into shared memory.
 
 A producer thread walks the items, and with them reading, preparing and planning; the pool's
 thread hands decode tasks to the processes. Memory is bounded: an item gets its room before it is
@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.arena import Arena, Room
 from pipeline.decode_pool import DecodePool
-from pipeline.decode_worker import Task, pixels_of
+from pipeline.decode_worker import Task, decode_into
 from pipeline.errors import EngineError, RowError
 from pipeline.rows import Group, PlacedImage, Prefix
 
@@ -40,6 +40,8 @@ END: Any = _End()
 @dataclass(slots=True)
 class Fed:
     """An item with its images [H, W, 3] uint8, or the error of each, in `item.images` order.
+
+    A video's frames are [F, H, W, 3], of its layout's size already unless it has views.
 
     The arrays lie in shared memory and are dead after `release`, which may be called twice.
     """
@@ -79,9 +81,13 @@ class Feeder:
     At most `max_bytes` of decoded images are held, or one item if it alone needs more.
     """
 
-    def __init__(self, workers: int, max_bytes: int, max_pixels: int, resize: bool) -> None:
+    def __init__(
+        self, workers: int, max_bytes: int, max_pixels: int, resize: bool,
+        video_timeout_sec: float = 60.0,
+    ) -> None:  # fmt: skip
         self.max_pixels = max_pixels
         self.resize = resize
+        self.video_timeout_sec = video_timeout_sec
         self.arena = Arena(max_bytes) if workers else None
         self.pool = DecodePool(workers, max_pixels, self.arena.path) if self.arena else None
 
@@ -121,7 +127,8 @@ class Feeder:
         """What a worker needs to know of one image."""
         source, layout = image.image, image.layout
         width, height = source.width, source.height
-        resize = self.resize and not layout.views
+        # A video is resized here whoever resizes images: memory for its frames would be scarce.
+        resize = (self.resize or layout.clip is not None) and not layout.views
         return Task(
             number=number,
             path=source.spool,
@@ -135,6 +142,8 @@ class Feeder:
             memory=room.block.path if room else "",
             memory_size=room.block.size if room else 0,
             place=place,
+            frames=layout.clip.frames if layout.clip else (),
+            timeout_sec=self.video_timeout_sec,
         )
 
 
@@ -208,7 +217,9 @@ class Feed:
         for image in item.images:
             try:
                 task = self._feeder.task(0, image, None, 0)
-                found.append(np.array(pixels_of(task, self._feeder.max_pixels)))
+                pixels = np.empty(task.shape, np.uint8)
+                decode_into(pixels, task, self._feeder.max_pixels)
+                found.append(pixels)
             except RowError as error:
                 found.append(error)
         return Fed(item, tuple(found))

@@ -50,6 +50,7 @@ class Labeller:
         self.feeder = Feeder(
             workers, SHARED_BYTES, settings.input.max_pixels,
             resize=on_cpu or not self.family.fused,
+            video_timeout_sec=settings.input.video_timeout_sec,
         )  # fmt: skip
         set_threads(settings.engine, workers)
         if self.family.fused:
@@ -92,6 +93,7 @@ class Labeller:
     def close(self) -> None:
         self.feeder.close()
         self.loader.close()
+        self.preparer.close()
         self.spool.close()
 
     def _items(self, shards: Iterable[ShardWork]) -> Iterator[Prefix | Group]:

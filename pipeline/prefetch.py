@@ -1,7 +1,7 @@
-"""Loads images that rows name by path or URL, many at a time, a few rows before they are needed.
+"""Loads images and videos that rows name by path or URL, many at a time, before they are needed.
 
-One address at a time would leave the device waiting for the network. Images that rows bring as
-bytes pass straight through. Knows no model and no prompt.
+One address at a time would leave the device waiting for the network. What rows bring as bytes
+passes straight through. Knows no model and no prompt.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from pipeline import images
 from pipeline.errors import RowError
 from pipeline.prompts import message_turns
 from pipeline.rows import ImageRef, Row
 from pipeline.settings import InputSettings
+from pipeline.video import load
 
 NUM_THREADS = 16
 MAX_ROWS_AHEAD = 32
@@ -28,7 +28,7 @@ MAX_HELD_BYTES = 256 << 20  # no further image is begun ahead while as much wait
 class _Loading:
     """An address under way, for as long as a row ahead names it."""
 
-    path: str
+    ref: ImageRef
     num_uses: int = 0
     future: Future[bytes] = field(default_factory=Future)
 
@@ -38,7 +38,7 @@ class ImageLoader:
 
     def __init__(self, settings: InputSettings) -> None:
         self._settings = settings
-        self._loading: dict[str, _Loading] = {}
+        self._loading: dict[ImageRef, _Loading] = {}  # by what has a path only
         self._queue: SimpleQueue[_Loading | None] = SimpleQueue()
         self._num_threads = 0
         self._held_bytes = 0
@@ -46,26 +46,26 @@ class ImageLoader:
 
     def ahead(self, rows: Iterable[Row], is_wanted: Callable[[Row], bool]) -> Iterator[Row]:
         """The same rows in their order; for those that are not wanted nothing is loaded."""
-        waiting: deque[tuple[Row, list[str]]] = deque()
+        waiting: deque[tuple[Row, list[ImageRef]]] = deque()
         try:
             for row in rows:
-                paths = self._paths(row) if is_wanted(row) else []
-                for path in paths:
-                    self._begin(path)
-                waiting.append((row, paths))
+                refs = self._refs(row) if is_wanted(row) else []
+                for ref in refs:
+                    self._begin(ref)
+                waiting.append((row, refs))
                 while waiting and (not waiting[0][1] or len(waiting) > MAX_ROWS_AHEAD):
                     yield from self._hand_over(waiting)
             while waiting:
                 yield from self._hand_over(waiting)
         finally:
-            for _, paths in waiting:
-                self._end(paths)
+            for _, refs in waiting:
+                self._end(refs)
 
     def load(self, ref: ImageRef) -> bytes:
-        """The encoded bytes of an image. Raises: RowError."""
-        loading = self._loading.get(ref.path) if ref.path is not None else None
+        """The encoded bytes of an image or video. Raises: RowError."""
+        loading = self._loading.get(ref) if ref.path is not None else None
         if loading is None or loading.future.cancel():  # not begun yet: quicker here
-            return images.load(ref, self._settings)
+            return load(ref, self._settings)
         return loading.future.result()
 
     def close(self) -> None:
@@ -76,30 +76,31 @@ class ImageLoader:
             self._held_bytes = 0
             self._room.notify_all()
 
-    def _hand_over(self, waiting: deque[tuple[Row, list[str]]]) -> Iterator[Row]:
-        row, paths = waiting.popleft()
+    def _hand_over(self, waiting: deque[tuple[Row, list[ImageRef]]]) -> Iterator[Row]:
+        row, refs = waiting.popleft()
         try:
             yield row
         finally:
-            self._end(paths)
+            self._end(refs)
 
-    def _paths(self, row: Row) -> list[str]:
+    def _refs(self, row: Row) -> list[ImageRef]:
         """The addresses that preparing the row will ask for."""
         if row.error is not None:
             return []
-        refs = row.images
+        refs = (*row.images, *row.videos)
         if row.messages is not None:
             try:
                 refs = message_turns(row, None)[1]
             except RowError:
                 return []
-        paths = [ref.path for ref in refs[: self._settings.max_images] if ref.path]
-        return [path for path in paths if not path.startswith("data:")]
+        limit = self._settings.max_images + self._settings.max_videos
+        named = [ref for ref in refs[:limit] if ref.path]
+        return [ref for ref in named if not str(ref.path).startswith("data:")]
 
-    def _begin(self, path: str) -> None:
-        loading = self._loading.get(path)
+    def _begin(self, ref: ImageRef) -> None:
+        loading = self._loading.get(ref)
         if loading is None:
-            loading = self._loading[path] = _Loading(path)
+            loading = self._loading[ref] = _Loading(ref)
             loading.future.add_done_callback(self._hold)
             self._queue.put(loading)
             if self._num_threads < min(NUM_THREADS, len(self._loading)):
@@ -108,12 +109,12 @@ class ImageLoader:
                 self._num_threads += 1
         loading.num_uses += 1
 
-    def _end(self, paths: Iterable[str]) -> None:
-        for path in paths:
-            loading = self._loading[path]
+    def _end(self, refs: Iterable[ImageRef]) -> None:
+        for ref in refs:
+            loading = self._loading[ref]
             loading.num_uses -= 1
             if not loading.num_uses:
-                del self._loading[path]
+                del self._loading[ref]
                 loading.future.cancel()
                 loading.future.add_done_callback(self._let_go)
 
@@ -134,6 +135,6 @@ class ImageLoader:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(images.load(ImageRef(path=loading.path), self._settings))
+                future.set_result(load(loading.ref, self._settings))
             except Exception as error:  # noqa: BLE001 - raised again where the image is needed
                 future.set_exception(error)

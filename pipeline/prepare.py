@@ -1,7 +1,7 @@
 """A row becomes requests: images stored and measured, prompts filled, tokens and positions.
 
-Image bytes go to the spool; only their headers are read here. A row that cannot be prepared
-becomes failed answers. Knows no batch and no device. Imports no torch.
+Bytes of images and videos go to the spool; only their headers are read here. A row that cannot
+be prepared becomes failed answers. Knows no batch and no device. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import images
+from pipeline import images, video
 from pipeline.errors import RowError, UserError
 from pipeline.models.family import GREEDY_BELOW, Family
 from pipeline.prompts import PromptText, message_turns, prompt_turns
@@ -33,6 +33,7 @@ from pipeline.rows import (
 )
 from pipeline.settings import GenerationSettings, LabelSettings, PromptSettings
 from pipeline.tokenizer import Tokenizer
+from pipeline.video_probe import VideoProber
 
 _ROW_TROUBLE = (RowError, ValueError, TypeError, OverflowError)  # text that no tokenizer takes
 MESSAGES_PROMPT = "answer"  # the prompt's name where the rows bring messages
@@ -67,7 +68,8 @@ class Preparer:
         self._family = family
         self._tokenizer = tokenizer
         self._store = store
-        self._load = load or (lambda ref: images.load(ref, settings.input))
+        self._load = load or (lambda ref: video.load(ref, settings.input))
+        self._prober = VideoProber(settings.input)
         self._messages = settings.input.messages is not None
         self._texts = {name: PromptText(name, p.text) for name, p in settings.prompts.items()}
         self._schemas = {name: schema_text(name, p) for name, p in settings.prompts.items()}
@@ -79,6 +81,10 @@ class Preparer:
             family.context_length, settings.engine.max_context or family.context_length
         )
         tokenizer.protect(family.control)
+
+    def close(self) -> None:
+        """End the process that measures videos, if there was one to measure."""
+        self._prober.close()
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
@@ -103,11 +109,13 @@ class Preparer:
             raise row.error
         if self._messages:
             turns, refs = message_turns(row, self._settings.system)
-            stored = self._images(shard, refs)
+            stored = self._media(shard, refs)
             return [self._request(RequestKey(shard, row.index, wanted[0]), row, turns, stored)]
         if self._settings.input.image is not None and not row.images:
             raise RowError("missing_image")
-        stored = self._images(shard, row.images)
+        if self._settings.input.video is not None and not row.videos:
+            raise RowError("missing_video")
+        stored = self._media(shard, (*row.images, *row.videos))
         return [self._prompt_request(shard, row, name, stored) for name in wanted]
 
     def _prompt_request(
@@ -121,15 +129,32 @@ class Preparer:
         except _ROW_TROUBLE as error:
             return Answer.failed(key, _row_error(error))
 
-    def _images(
+    def _media(
         self, shard: str, refs: Sequence[ImageRef]
     ) -> list[tuple[EncodedImage, ImageLayout]]:
-        limit = self._settings.input.max_images
-        if len(refs) > limit:
-            raise RowError("too_many_images", f"The row has {len(refs)} images, more than {limit}.")
-        if refs and "image" not in self._family.takes:
-            raise RowError("unsupported_input", "The model takes no images.")
-        return [self._image(shard, ref, len(refs)) for ref in refs]
+        """Images and videos in the order of `refs`, stored and laid out."""
+        settings = self._settings.input
+        limits = {"image": settings.max_images, "video": settings.max_videos}
+        counts = {kind: sum(ref.kind == kind for ref in refs) for kind in limits}
+        for kind, limit in limits.items():
+            if counts[kind] > limit:
+                message = f"The row has {counts[kind]} {kind}s, more than {limit}."
+                raise RowError(f"too_many_{kind}s", message)
+            if counts[kind] and kind not in self._family.takes:
+                raise RowError("unsupported_input", f"The model takes no {kind}s.")
+        return [
+            self._video(shard, ref)
+            if ref.kind == "video"
+            else self._image(shard, ref, counts["image"])
+            for ref in refs
+        ]
+
+    def _video(self, shard: str, ref: ImageRef) -> tuple[EncodedImage, ImageLayout]:
+        data = self._load(ref)
+        info = self._prober.probe(data)
+        layout = self._family.video_layout(info, self._settings.video)
+        digest, path, offset, num_bytes = self._store.add(shard, data)
+        return EncodedImage(digest, info.width, info.height, path, offset, num_bytes), layout
 
     def _image(
         self, shard: str, ref: ImageRef, num_images: int

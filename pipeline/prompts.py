@@ -17,7 +17,7 @@ from pipeline.settings import LabelSettings
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _NAME = re.compile(r"[^{}!:.\[\]\s\"',][^{}!:.\[\]\"',]*")
-_ROW_IMAGE = re.compile(r"image(?::(\d+))?")
+_ROW_MEDIA = re.compile(r"(image|video)(?::(\d+))?")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -85,16 +85,16 @@ def prompt_columns(settings: LabelSettings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(columns))
 
 
-def prompt_turns(text: str, num_images: int, system: str | None) -> tuple[Turn, ...]:
-    """System text, then one user turn: the images in order, then the text."""
-    user = Turn("user", (*range(num_images), text))
+def prompt_turns(text: str, num_media: int, system: str | None) -> tuple[Turn, ...]:
+    """System text, then one user turn: the images and videos in order, then the text."""
+    user = Turn("user", (*range(num_media), text))
     return (user,) if system is None else (Turn("system", (system,)), user)
 
 
 def message_turns(row: Row, system: str | None) -> tuple[tuple[Turn, ...], tuple[ImageRef, ...]]:
-    """Turns of the row's messages, and the images that they use in order of appearance.
+    """Turns of the row's messages, and the images and videos they use in order of appearance.
 
-    Raises RowError bad_messages, and missing_image for a name that the row lacks.
+    Raises RowError bad_messages, and missing_image or missing_video for what the row lacks.
     """
     reader = _Messages(row)
     turns = [reader.turn(message) for message in _message_list(row.messages)]
@@ -104,7 +104,7 @@ def message_turns(row: Row, system: str | None) -> tuple[tuple[Turn, ...], tuple
         raise RowError("bad_messages", "The last turn must be the user's.")
     if turns[0].role != "system" and system is not None:
         turns.insert(0, Turn("system", (system,)))
-    return tuple(turns), tuple(reader.images)
+    return tuple(turns), tuple(reader.media)
 
 
 def _message_list(messages: Any) -> Sequence[Any]:
@@ -121,13 +121,14 @@ def _message_list(messages: Any) -> Sequence[Any]:
 
 
 class _Messages:
-    """Reads turns and collects their images, each once."""
+    """Reads turns and collects their images and videos, each once."""
 
     def __init__(self, row: Row) -> None:
         self._row = row
-        self._next = 0  # the next of the row's images for a part without a name
-        self._numbers: dict[tuple[str, Any], int] = {}
-        self.images: list[ImageRef] = []
+        self._own = {"image": row.images, "video": row.videos}
+        self._next = {"image": 0, "video": 0}  # of the row's own, for a part without a name
+        self._numbers: dict[tuple[str, str, Any], int] = {}
+        self.media: list[ImageRef] = []
 
     def turn(self, message: Any) -> Turn:
         if not isinstance(message, Mapping):
@@ -142,7 +143,8 @@ class _Messages:
             raise RowError("bad_messages", f"The {role} turn's content is no text and no list.")
         parts = tuple(self._part(part) for part in content)
         if role != "user" and any(isinstance(part, int) for part in parts):
-            raise RowError("bad_messages", f"Images stand in user turns, not in the {role} turn.")
+            message = f"Images and videos stand in user turns, not in the {role} turn."
+            raise RowError("bad_messages", message)
         return Turn(role, parts)
 
     def _part(self, part: Any) -> str | int:
@@ -154,37 +156,42 @@ class _Messages:
         if kind in ("text", "input_text") and isinstance(part.get("text"), str):
             return str(part["text"])
         if kind in ("image_url", "input_image", "image"):
-            return self._image(part.get("image_url") or part.get("image") or part.get("url"))
-        if kind in ("video", "video_url", "input_audio", "audio"):
+            address = part.get("image_url") or part.get("image") or part.get("url")
+            return self._medium("image", address)
+        if kind in ("video_url", "input_video", "video"):
+            address = part.get("video_url") or part.get("video") or part.get("url")
+            return self._medium("video", address)
+        if kind in ("input_audio", "audio"):
             raise RowError("unsupported_input", f"Parts of type {kind!r} are not supported here.")
         raise RowError("bad_messages", f"A content part of type {kind!r} is not understood.")
 
-    def _image(self, address: Any) -> int:
+    def _medium(self, kind: str, address: Any) -> int:
         if isinstance(address, Mapping):
             address = address.get("url")
         if address is None or address == "":
-            address = f"image:{self._next}"
+            address = f"{kind}:{self._next[kind]}"
         if not isinstance(address, str):
-            raise RowError("bad_messages", "An image part has no address.")
-        if match := _ROW_IMAGE.fullmatch(address):
-            index = int(match.group(1)) if match.group(1) else self._next
-            self._next = index + 1
-            return self._number(("row", index), lambda: self._row_image(index))
-        return self._number(("path", address), lambda: ImageRef(path=address))
+            raise RowError("bad_messages", f"A part of type {kind} has no address.")
+        match = _ROW_MEDIA.fullmatch(address)
+        if match and match.group(1) == kind:
+            index = int(match.group(2)) if match.group(2) else self._next[kind]
+            self._next[kind] = index + 1
+            return self._number((kind, "row", index), lambda: self._row_medium(kind, index))
+        return self._number((kind, "path", address), lambda: ImageRef(path=address, kind=kind))
 
-    def _row_image(self, index: int) -> ImageRef:
-        if index >= len(self._row.images):
+    def _row_medium(self, kind: str, index: int) -> ImageRef:
+        if index >= len(self._own[kind]):
             raise RowError(
-                "missing_image",
-                f"The messages name image {index}; the row has {len(self._row.images)}.",
+                f"missing_{kind}",
+                f"The messages name {kind} {index}; the row has {len(self._own[kind])}.",
             )
-        return self._row.images[index]
+        return self._own[kind][index]
 
-    def _number(self, key: tuple[str, Any], make: Any) -> int:
+    def _number(self, key: tuple[str, str, Any], make: Any) -> int:
         """A number for each appearance: the same image twice is two blocks of tokens."""
         if key not in self._numbers:
-            self._numbers[key] = len(self.images)
-            self.images.append(make())
+            self._numbers[key] = len(self.media)
+            self.media.append(make())
             return self._numbers[key]
-        self.images.append(self.images[self._numbers[key]])
-        return len(self.images) - 1
+        self.media.append(self.media[self._numbers[key]])
+        return len(self.media) - 1

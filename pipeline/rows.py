@@ -25,10 +25,11 @@ class RequestKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One image as the source names it: exactly one of `data` and `path` is set."""
+    """One image or video as the source names it: exactly one of `data` and `path` is set."""
 
     data: bytes | None = None
     path: str | None = None  # local path, fsspec address or URL
+    kind: str = "image"  # image | video
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +42,15 @@ class Row:
     images: tuple[ImageRef, ...] = ()
     messages: Any = None
     error: RowError | None = None  # the source could not read this row
+    videos: tuple[ImageRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """An image still encoded (by `prepare`): its bytes lie in the spool file at `offset`."""
+    """An image or video still encoded (by `prepare`): its bytes lie in the spool at `offset`."""
 
     digest: bytes  # 16 bytes, of the encoded content
-    width: int  # pixels, after EXIF orientation
+    width: int  # pixels as shown: after EXIF orientation, or a video's rotation
     height: int
     spool: str  # path of the spool file
     offset: int
@@ -73,6 +75,30 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What a video is, without its frames (by `video_probe`)."""
+
+    width: int  # pixels as shown
+    height: int
+    num_frames: int
+    fps: float  # on average
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """The frames of a video that a model sees, by their numbers in the video, ascending."""
+
+    frames: tuple[int, ...]
+    video_fps: float
+    fps: float  # of the chosen frames
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Seconds at which the frames stand."""
+        return tuple(frame / self.video_fps for frame in self.frames)
+
+
+@dataclass(frozen=True, slots=True)
 class ImageLayout:
     """What a family makes of an image's size: the processed size, its patch grid, its tokens.
 
@@ -84,11 +110,12 @@ class ImageLayout:
     grid: tuple[int, int, int]  # frames, rows, columns of patches
     num_tokens: int
     views: tuple[View, ...] = ()
+    clip: Clip | None = None  # of a video, whose pixels are [frames, height, width, 3]
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedImage:
-    """An image of a request: its tokens stand at `[start, start + layout.num_tokens)`."""
+    """An image or video of a request: its block is `[start, start + layout.num_tokens)`."""
 
     image: EncodedImage
     layout: ImageLayout
@@ -113,7 +140,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation; `parts` are texts and image numbers in their order."""
+    """One turn of a conversation; `parts` are texts and numbers of images and videos."""
 
     role: str  # system | user | assistant
     parts: tuple[str | int, ...]

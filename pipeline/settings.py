@@ -44,8 +44,8 @@ class InputSettings(Settings):
     revision: str | None = Field(None, description="hf: the dataset's revision.")
     streaming: bool = Field(True, description="hf: read without a full download.")
     id: str | None = Field(None, description="Id column; default is file and row number.")
-    image: str | None = Field("image", description="Image column; null for text-only rows.")
-    video: str | None = Field(None, description="Video column.")
+    image: str | None = Field("image", description="Image column; null for rows without.")
+    video: str | None = Field(None, description="Video column; image is then null by default.")
     audio: str | None = Field(None, description="Audio column.")
     keep: tuple[str, ...] = Field((), description="Columns carried into the output.")
     messages: str | None = Field(None, description="Column of OpenAI-style turns.")
@@ -54,8 +54,21 @@ class InputSettings(Settings):
     max_pixels: int = Field(100_000_000, ge=1, description="Pixels of a source image at most.")
     max_bytes: int = Field(64 << 20, ge=1, description="Encoded bytes of an image at most.")
     max_images: int = Field(64, ge=1, description="Images of one row at most.")
-    remote: bool = Field(False, description="Fetch http(s) image addresses.")
+    max_videos: int = Field(8, ge=1, description="Videos of one row at most.")
+    max_video_bytes: int = Field(256 << 20, ge=1, description="Encoded bytes of a video at most.")
+    max_video_sec: float = Field(7200.0, gt=0, description="Seconds that a video lasts at most.")
+    video_timeout_sec: float = Field(
+        60.0, gt=0, le=100, description="Patience with decoding one video."
+    )
+    remote: bool = Field(False, description="Fetch http(s) addresses of images and videos.")
     remote_timeout_sec: float = Field(20.0, gt=0, description="Patience with one address.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _videos_without_images(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("video") is not None:
+            return {"image": None, **value}
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -63,6 +76,25 @@ class InputSettings(Settings):
         if isinstance(value, dict) and value.get("source") == "openai":
             return {"messages": "messages", **value}
         return value
+
+
+class VideoSettings(Settings):
+    """Which frames of a video the model sees, and how large; null is the model's own rule."""
+
+    fps: float | None = Field(None, gt=0, description="Frames a second; null is the model's own.")
+    num_frames: int | None = Field(
+        None, ge=1, description="As many frames of every video, in place of fps."
+    )
+    min_frames: int | None = Field(None, ge=1, description="With fps: frames of a short video.")
+    max_frames: int | None = Field(None, ge=1, description="With fps: frames of a long video.")
+    min_pixels: int | None = Field(None, ge=1, description="Pixels a frame has at least.")
+    max_pixels: int | None = Field(None, ge=1, description="Pixels a frame is resized to at most.")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> VideoSettings:
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError("give either `video.fps` or `video.num_frames`, not both")
+        return self
 
 
 class PromptSettings(Settings):
@@ -129,6 +161,7 @@ class LabelSettings(Settings):
 
     model: ModelSettings
     input: InputSettings
+    video: VideoSettings = Field(default_factory=VideoSettings)  # type: ignore[arg-type]
     prompts: dict[str, PromptSettings] = Field(default_factory=dict)
     system: str | None = Field(None, description="System text; null keeps the template's own.")
     generation: GenerationSettings = Field(default_factory=GenerationSettings)  # type: ignore[arg-type]

@@ -74,6 +74,13 @@ class Checkpoint:
         nested = (self.json("processor_config.json") or {}).get("image_processor")
         return self.json("preprocessor_config.json") or nested or {}
 
+    @property
+    def video_preprocessor_config(self) -> dict[str, Any]:
+        """The video processor's settings; older checkpoints have only the image processor's."""
+        nested = (self.json("processor_config.json") or {}).get("video_processor")
+        own = nested or self.json("video_preprocessor_config.json")
+        return own or self.preprocessor_config
+
     @cached_property
     def tokenizer_json(self) -> str:
         """The text of tokenizer.json, made from another format where the folder has none."""

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import RowError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.rows import ImageLayout, PlacedImage, Turn
+from pipeline.rows import ImageLayout, PlacedImage, Turn, VideoInfo
+from pipeline.settings import VideoSettings
 from pipeline.templates.render import Control, Piece, Template, render
 
 if TYPE_CHECKING:
@@ -98,6 +100,10 @@ class Family(ABC):
         Raises: RowError bad_aspect_ratio.
         """
 
+    def video_layout(self, info: VideoInfo, settings: VideoSettings) -> ImageLayout:
+        """Which frames of a video the family takes, and what it makes of them."""
+        raise RowError("unsupported_input", "The model takes no videos.")
+
     def render(self, turns: Sequence[Turn]) -> tuple[Piece, ...]:
         """The prompt's pieces: texts, control tokens and image numbers, up to the answer."""
         return render(self.template, turns)
@@ -107,7 +113,7 @@ class Family(ABC):
         return None
 
     def image_tokens(self, layout: ImageLayout) -> np.ndarray:
-        """Ids of one image's block, `layout.num_tokens` of them."""
+        """Ids of one image's or video's block, `layout.num_tokens` of them."""
         return np.full(layout.num_tokens, self.image_token_id, np.int32)
 
     def tokenize(

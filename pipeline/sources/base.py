@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipeline.errors import RowError, UserError
 from pipeline.rows import ImageRef, Row
 from pipeline.settings import InputSettings
-from pipeline.sources.cells import id_text, image_refs
+from pipeline.sources.cells import id_text, media_refs
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,11 @@ class Source(ABC):
         needed |= {name for name in (self.settings.id, self.settings.messages) if name}
         return [name for name in available if name in needed]
 
+    def media(self, available: Collection[str]) -> dict[str, str]:
+        """The columns of images and of videos that a file has, by kind."""
+        named = {"image": self.settings.image, "video": self.settings.video}
+        return {kind: name for kind, name in named.items() if name and name in available}
+
     def check_columns(self, available: Collection[str], path: str) -> None:
         """Raises the UserError that names a missing column and the nearest one there is."""
         asked = {"input.id": self.settings.id, "input.image": self.settings.image}
@@ -93,23 +98,31 @@ class Source(ABC):
                 raise UserError(_no_column(key, name, available, path))
 
     def make_row(
-        self, path: str, start: int, number: int, record: Mapping[str, Any], image: Any = None
-    ) -> Row:
+        self, path: str, start: int, number: int, record: Mapping[str, Any],
+        image: Any = None, video: Any = None,
+    ) -> Row:  # fmt: skip
         """The row of a record; a RowError among the values becomes the row's error."""
         row_id, error = f"{file_name(path)}:{number}", None
         images: tuple[ImageRef, ...] = ()
+        videos: tuple[ImageRef, ...] = ()
         try:
             if self.settings.id is not None:
                 row_id = id_text(record.get(self.settings.id))
-            for value in (*record.values(), image):
+            for value in (*record.values(), image, video):
                 if isinstance(value, RowError):
                     raise value
-            images = image_refs(image, self.settings.max_images)
+            images = media_refs(image, "image", self.settings.max_images)
+            videos = media_refs(video, "video", self.settings.max_videos)
         except RowError as raised:
             error = raised
             record = {k: None if isinstance(v, RowError) else v for k, v in record.items()}
         messages = record.get(self.settings.messages) if self.settings.messages else None
-        return Row(row_id, number - start, record, images, messages, error)
+        return Row(row_id, number - start, record, images, messages, error, videos)
+
+
+def take_media(record: dict[str, Any], media: Mapping[str, str]) -> dict[str, Any]:
+    """The cells of the record's images and videos by kind, taken out of it."""
+    return {kind: record.pop(name, None) for kind, name in media.items()}
 
 
 def file_name(path: str) -> str:

@@ -54,24 +54,25 @@ def id_text(value: Any) -> str:
     return str(value)
 
 
-def image_refs(cell: Any, max_images: int) -> tuple[ImageRef, ...]:
-    """The images of one cell: bytes, a {bytes, path} struct, a path or URL, or a list of these."""
+def media_refs(cell: Any, kind: str, limit: int) -> tuple[ImageRef, ...]:
+    """One cell's images or videos: bytes, a {bytes, path} struct, a path or URL, or a list."""
     if not isinstance(cell, list | tuple):
-        ref = _image_ref(cell)
+        ref = _ref(cell, kind)
         return () if ref is None else (ref,)
-    if len(cell) > max_images:
-        message = f"The row has {len(cell)} images; input.max_images is {max_images}."
-        raise RowError("too_many_images", message)
+    if len(cell) > limit:
+        message = f"The row has {len(cell)} {kind}s; input.max_{kind}s is {limit}."
+        raise RowError(f"too_many_{kind}s", message)
     refs = []
     for number, part in enumerate(cell):
-        ref = _image_ref(part)
+        ref = _ref(part, kind)
         if ref is None:
-            raise RowError("missing_image", f"Image {number} of the row's list is null.")
+            message = f"{kind.capitalize()} {number} of the row's list is null."
+            raise RowError(f"missing_{kind}", message)
         refs.append(ref)
     return tuple(refs)
 
 
-def _image_ref(cell: Any) -> ImageRef | None:
+def _ref(cell: Any, kind: str) -> ImageRef | None:
     if isinstance(cell, dict):
         if cell.get("bytes") is not None:
             cell = cell["bytes"]
@@ -80,8 +81,8 @@ def _image_ref(cell: Any) -> ImageRef | None:
     if cell is None or cell == "":
         return None
     if isinstance(cell, str):
-        return ImageRef(path=cell)
+        return ImageRef(path=cell, kind=kind)
     if isinstance(cell, bytes | bytearray | memoryview):
-        return ImageRef(data=bytes(cell))
-    kind = "a list inside a list" if isinstance(cell, list) else f"a {type(cell).__name__}"
-    raise RowError("bad_row", f"The image is neither bytes nor a path, but {kind}.")
+        return ImageRef(data=bytes(cell), kind=kind)
+    found = "a list inside a list" if isinstance(cell, list) else f"a {type(cell).__name__}"
+    raise RowError("bad_row", f"The {kind} is neither bytes nor a path, but {found}.")

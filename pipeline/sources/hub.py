@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.rows import Row
 from pipeline.settings import InputSettings
 from pipeline.sources import files
-from pipeline.sources.base import InputFile, Source
+from pipeline.sources.base import InputFile, Source, take_media
 from pipeline.sources.cells import records
 from pipeline.sources.parquet import ParquetSource
 from pipeline.sources.webdataset import WebDatasetSource
@@ -71,13 +71,13 @@ class _Loaded(Source):
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
         if stop > len(self._dataset):
             raise files.read_error(path, ValueError("it has fewer rows than it had"))
-        image, columns = _columns(self, self._dataset.column_names)
+        media, columns = _columns(self, self._dataset.column_names)
         chosen = self._dataset.select_columns(columns)
         for first in range(start, stop, _BATCH_ROWS):
             table = chosen[first : min(stop, first + _BATCH_ROWS)]
             for number, record in enumerate(records(table.combine_chunks()), first):
-                cell = record.pop(image) if image else None
-                yield self.make_row(path, start, number, record, cell)
+                cells = take_media(record, media)
+                yield self.make_row(path, start, number, record, **cells)
 
 
 class _Streamed(Source):
@@ -106,10 +106,10 @@ class _Streamed(Source):
         shard = self._shard(int(path.rpartition("/")[2]))
         number = start
         for table in shard.skip(start).take(stop - start).iter(_BATCH_ROWS):
-            image, columns = _columns(self, table.column_names)
+            media, columns = _columns(self, table.column_names)
             for record in records(table.select(columns)):
-                cell = record.pop(image) if image else None
-                yield self.make_row(path, start, number, record, cell)
+                cells = take_media(record, media)
+                yield self.make_row(path, start, number, record, **cells)
                 number += 1
         if number < stop:
             raise files.read_error(path, ValueError("it has fewer rows than it had"))
@@ -214,8 +214,7 @@ def _label(settings: InputSettings) -> str:
     return f"{str(settings.path).rstrip('/')}/{settings.name or 'default'}/{settings.split}"
 
 
-def _columns(source: Source, available: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(image column, all columns to read)."""
-    image = source.settings.image if source.settings.image in available else None
-    wanted = source.wanted(available)
-    return image, [*wanted, image] if image else wanted
+def _columns(source: Source, available: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """(columns of images and videos by kind, all columns to read)."""
+    media = source.media(available)
+    return media, [*source.wanted(available), *media.values()]

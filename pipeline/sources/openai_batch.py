@@ -53,8 +53,8 @@ class OpenAIBatchSource(Source):
         except RowError as error:
             return self.make_row(path, start, number, {}, error)
         kept = {name: record[name] for name in self.wanted(list(record))}
-        image = record.get(self.settings.image) if self.settings.image else None
-        row = self.make_row(path, start, number, kept, image)
+        cells = {kind: record.get(name) for kind, name in self.media(record).items()}
+        row = self.make_row(path, start, number, kept, **cells)
         messages = record.get(self.settings.messages or "messages")
         own = record.get(_DEFAULT_ID) if self.settings.id is None else None
         return replace(row, messages=messages, row_id=own if isinstance(own, str) else row.row_id)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import RowError, UserError
 from pipeline.rows import Row
 from pipeline.sources import files
-from pipeline.sources.base import InputFile, Source
+from pipeline.sources.base import InputFile, Source, take_media
 from pipeline.sources.cells import records
 from pipeline.stores import is_local
 
@@ -68,16 +68,16 @@ class ParquetSource(Source):
         number = max(start, first)
         available = reader.schema_arrow.names
         columns = self.wanted(available)
-        image = self.settings.image if self.settings.image in available else None
-        read = [*columns, image] if image else columns
+        media = self.media(available)
+        read = [*columns, *media.values()]
         error: Exception | None = None
         for batch_rows in (_batch_rows(reader.metadata.row_group(group), set(read)), 1):
             try:
                 for record in _records(reader, group, read, batch_rows, number - first):
                     if number >= stop:
                         return
-                    cell = record.pop(image) if image else None
-                    yield self.make_row(path, start, number, record, cell)
+                    cells = take_media(record, media)
+                    yield self.make_row(path, start, number, record, **cells)
                     number += 1
                 if number >= stop:
                     return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline import decode_pool
+from pipeline import helper_process
 from pipeline.rows import (
     EncodedImage,
     Group,
@@ -20,7 +20,7 @@ from tests.helpers.pictures import jpeg
 
 DEADLY, SLOW, ONCE = b"deadly", b"slow", b"once:"  # appended to a picture's bytes
 
-FRAGILE_BOOT = decode_pool._BOOT.replace(
+FRAGILE_BOOT = helper_process._BOOT.replace(
     "main(",
     """
 import os, time

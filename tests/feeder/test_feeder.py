@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import decode_pool
+from pipeline import decode_pool, helper_process
 from pipeline.errors import EngineError, RowError
 from pipeline.feeder import END, MAX_ITEMS_AHEAD, Fed, Feed, Feeder
 from pipeline.images import decode
@@ -48,7 +48,7 @@ def spool() -> Iterator[Spool]:
 @pytest.fixture
 def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that marked pictures bring down."""
-    monkeypatch.setattr(decode_pool, "_BOOT", FRAGILE_BOOT)
+    monkeypatch.setattr(helper_process, "_BOOT", FRAGILE_BOOT)
 
 
 def take(feed: Feed, timeout: float = 30.0) -> Fed:
@@ -245,7 +245,7 @@ def test_a_picture_that_never_ends_is_stopped(
 def test_workers_that_cannot_start_end_the_attempt(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_pool, "_BOOT", "raise SystemExit(1)")
+    monkeypatch.setattr(helper_process, "_BOOT", "raise SystemExit(1)")
     with Feeder(1, BYTES, PIXELS, resize=False) as feeder:
         feed = feeder.feed(pictures(spool, 2))
         with pytest.raises(EngineError, match="do not start"):

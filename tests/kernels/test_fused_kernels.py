@@ -109,7 +109,7 @@ def test_prefill_attention(dim: int) -> None:
 @needs_kernels
 def test_patchify() -> None:
     torch.manual_seed(0)
-    sizes = [(56, 28), (28, 84)]
+    sizes = [(56, 28), (4, 28, 56), (28, 84), (2, 56, 28)]
     images = [torch.randint(0, 256, (*s, 3), dtype=torch.uint8, device=DEVICE) for s in sizes]
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     found = patchify.patchify(images, 14, 2, 2, mean, std, torch.float32)

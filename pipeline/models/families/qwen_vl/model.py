@@ -6,9 +6,11 @@ but the image's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
@@ -21,8 +23,12 @@ from pipeline.models.families.qwen_vl import spec
 from pipeline.models.fp8 import quantize_block
 from pipeline.models.loading import Weights
 from pipeline.models.rope import rope_config
+from pipeline.models.vision.grids import Grid
+from pipeline.models.vision.plan import upload
 from pipeline.models.vision.qwen import QwenTower, TowerConfig
 from pipeline.rows import ImageLayout
+
+MAX_TOWER_TOKENS = 16_384  # of a video, in one pass of the tower
 
 # The newer layout (Qwen3-VL, and whatever transformers 5 saves) to the hub's of Qwen2-VL.
 RENAME = (
@@ -127,6 +133,8 @@ class QwenVL(Model):
         self.tower = tower
         self.mean = family.image_mean
         self.std = family.image_std
+        self.video_token_id = family.video_token_id
+        self.marks_frames = family.variant == "qwen3"
 
     @property
     def feature_size(self) -> int:
@@ -138,13 +146,56 @@ class QwenVL(Model):
             quantize_block(block, {"qkv": "norm1", "mlp": "norm2"})
 
     def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:
+        sized = [_sized(image, layout) for image, layout in zip(images, layouts, strict=True)]
+        grids = [layout.grid for layout in layouts]
+        if sum(layout.num_tokens for layout in layouts) > MAX_TOWER_TOKENS:  # one long video
+            parts = [part for image, grid in zip(sized, grids, strict=True)
+                     for part in self._in_time(image, grid)]  # fmt: skip
+            features = torch.cat([self._encode([image], [grid]) for image, grid in parts])
+        else:
+            features = self._encode(sized, grids)
+        if self.marks_frames and any(layout.clip for layout in layouts):
+            return self._with_marks(features, layouts)
+        return features
+
+    def _encode(self, images: list[Tensor], grids: list[Grid]) -> Tensor:
         c = self.tower.config
-        sized = [
-            resize(image, layout.height, layout.width)
-            for image, layout in zip(images, layouts, strict=True)
-        ]
-        patches = patchify(sized, c.patch, c.merge, c.temporal, self.mean, self.std, self.dtype)
-        return self.tower(patches, [layout.grid for layout in layouts])
+        patches = patchify(images, c.patch, c.merge, c.temporal, self.mean, self.std, self.dtype)
+        return self.tower(patches, grids)
+
+    def _in_time(self, image: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
+        """A video in parts that the tower takes at once; no frame sees another there."""
+        if image.dim() == 3:
+            yield image, grid
+            return
+        patches, rows, columns = grid
+        step = max(1, MAX_TOWER_TOKENS * self.tower.config.merge**2 // (rows * columns))
+        unit = self.tower.config.temporal
+        for first in range(0, patches, step):
+            count = min(step, patches - first)
+            yield image[first * unit : (first + count) * unit], (count, rows, columns)
+
+    def _with_marks(self, features: Tensor, layouts: list[ImageLayout]) -> Tensor:
+        """A row for each token of the blocks: the times' and the frame marks' embeddings too."""
+        ids = np.concatenate([self.family.image_tokens(layout) for layout in layouts])
+        seen = (ids == self.family.image_token_id) | (ids == self.video_token_id)
+        places = upload(np.flatnonzero(seen), self.device)
+        marks = upload(np.flatnonzero(~seen), self.device)
+        embedded = self.embedding[upload(ids[~seen].astype(np.int64), self.device)]
+        rows = features.new_zeros(len(ids), features.shape[1])
+        rows.index_copy_(0, places, features)
+        wide = features.new_zeros(len(embedded), features.shape[1])
+        wide[:, : embedded.shape[1]] = embedded
+        return rows.index_copy_(0, marks, wide)
+
+
+def _sized(image: Tensor, layout: ImageLayout) -> Tensor:
+    """The image, or each frame of a video, in the layout's size."""
+    if image.dim() == 3:
+        return resize(image, layout.height, layout.width)
+    if image.shape[1:3] == (layout.height, layout.width):
+        return image
+    return torch.stack([resize(frame, layout.height, layout.width) for frame in image])
 
 
 def build(checkpoint: Checkpoint, family: spec.QwenVL, weights: Weights) -> QwenVL:

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense): detection, image layout, M-RoPE positions.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense): detection, layouts, M-RoPE positions.
 
 Everything is read from the checkpoint's own JSON; `variant` says which of the three it is. The
 weights' side stands in `model.py`. Imports no torch.
@@ -6,18 +6,21 @@ weights' side stands in `model.py`. Imports no torch.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import RowError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.families.qwen_vl.frames import VideoRule, patch_times, smart_resize
 from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
-from pipeline.rows import ImageLayout, PlacedImage
-from pipeline.settings import ModelSettings
+from pipeline.rows import ImageLayout, PlacedImage, VideoInfo
+from pipeline.settings import ModelSettings, VideoSettings
 from pipeline.templates import qwen2_vl
+
+if TYPE_CHECKING:
+    from pipeline.tokenizer import Tokenizer
 
 VARIANTS = {
     "Qwen2VLForConditionalGeneration": "qwen2",
@@ -27,7 +30,6 @@ VARIANTS = {
 _MODEL_TYPES = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2_5", "qwen3_vl": "qwen3"}
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_MAX_RATIO = 200
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -79,32 +81,12 @@ def build(checkpoint: Checkpoint, settings: ModelSettings) -> QwenVL:
     return QwenVL(checkpoint, settings)
 
 
-def smart_resize(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
-    """The official resize rule: multiples of `factor`, area in bounds, ratio nearly kept."""
-    if max(height, width) / min(height, width) > _MAX_RATIO:
-        raise RowError(
-            "bad_aspect_ratio",
-            f"The image is {width}x{height}; the model takes sides of at most {_MAX_RATIO} to 1.",
-        )
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
-        rows = max(factor, math.floor(height / shrink / factor) * factor)
-        columns = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * columns < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows = math.ceil(height * grow / factor) * factor
-        columns = math.ceil(width * grow / factor) * factor
-    return rows, columns
-
-
 class QwenVL(Family):
     """A Qwen-VL checkpoint without its weights."""
 
     name = "qwen-vl"
     templates = ("qwen2-vl",)
+    takes = frozenset({"image", "video"})
     num_axes = 3
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
@@ -115,15 +97,22 @@ class QwenVL(Family):
         self.variant = variant
         self.template = qwen2_vl.QWEN3 if variant == "qwen3" else qwen2_vl.TEMPLATE
         self.image_token_id = int(config.get("image_token_id", 151655))
+        self.video_token_id = int(config.get("video_token_id", 151656))
+        self.frame_start_id = int(config.get("vision_start_token_id", 151652))
+        self.frame_end_id = int(config.get("vision_end_token_id", 151653))
+        self.tokens_per_second = config["vision_config"].get("tokens_per_second", 4)
+        self._checkpoint = checkpoint
+        self._tokenizer: Tokenizer | None = None  # for the times between a video's frames
         self.context_length = int(text.get("max_position_embeddings", 32768))
         self.eos_token_ids = end_tokens(checkpoint, text, self.template)
         self.default_sampling = default_sampling(checkpoint.generation_config)
         self.sizes = _sizes(text, config["vision_config"], variant)
-        self._read_processor(checkpoint.preprocessor_config, config["vision_config"], settings)
+        self._read_processor(checkpoint, config["vision_config"], settings)
 
     def _read_processor(
-        self, processor: Mapping[str, Any], vision: Mapping[str, Any], settings: ModelSettings
+        self, checkpoint: Checkpoint, vision: Mapping[str, Any], settings: ModelSettings
     ) -> None:
+        processor = checkpoint.preprocessor_config
         newer = self.variant == "qwen3"
         size = processor.get("size") or {}
         self.patch_size = int(processor.get("patch_size") or vision.get("patch_size", 14))
@@ -145,6 +134,10 @@ class QwenVL(Family):
             or (16_777_216 if newer else 28 * 28 * 1280)
         )
 
+        self.video_rule = VideoRule.read(
+            checkpoint.video_preprocessor_config, newer, self.factor, self.temporal_patch_size
+        )
+
     @property
     def factor(self) -> int:
         """Pixels of a side that one image token covers."""
@@ -159,27 +152,90 @@ class QwenVL(Family):
             num_tokens=(rows // self.factor) * (columns // self.factor),
         )
 
+    def video_layout(self, info: VideoInfo, settings: VideoSettings) -> ImageLayout:
+        clip = self.video_rule.clip(info, settings)
+        rows, columns = self.video_rule.size(info, len(clip.frames), settings)
+        patches = -(-len(clip.frames) // self.temporal_patch_size)
+        layout = ImageLayout(
+            height=rows,
+            width=columns,
+            grid=(patches, rows // self.patch_size, columns // self.patch_size),
+            num_tokens=patches * (rows // self.factor) * (columns // self.factor),
+            clip=clip,
+        )
+        if self.variant != "qwen3":
+            return layout
+        return replace(layout, num_tokens=len(self.image_tokens(layout)))
+
+    def image_tokens(self, layout: ImageLayout) -> np.ndarray:
+        """Ids of the block; Qwen3-VL writes the time before each temporal patch of a video."""
+        if layout.clip is None:
+            return super().image_tokens(layout)
+        if self.variant != "qwen3":
+            return np.full(layout.num_tokens, self.video_token_id, np.int32)
+        units = layout.grid[1] * layout.grid[2] // self.merge_size**2
+        frame = [self.frame_start_id, *[self.video_token_id] * units, self.frame_end_id]
+        chunks: list[np.ndarray] = []
+        for seconds in patch_times(layout.clip, self.temporal_patch_size):
+            chunks += [self._text_ids(f"<{seconds:.1f} seconds>"), np.array(frame, np.int32)]
+        return np.concatenate(chunks)
+
+    def _text_ids(self, text: str) -> np.ndarray:
+        from pipeline.tokenizer import Tokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self._checkpoint, self.control)
+        return self._tokenizer.ids(text)
+
     def positions(
         self, tokens: np.ndarray, images: Sequence[PlacedImage]
     ) -> tuple[np.ndarray, int]:
-        """M-RoPE: text advances all axes by one a token, an image by its longer side."""
+        """M-RoPE: text advances all axes by one a token, an image or video by its longer side.
+
+        As in transformers, text after a video, and the answer, do not wait for its time axis.
+        """
         positions = np.empty((self.num_axes, len(tokens)), np.int32)
         index = position = 0
         for image in images:
-            text = image.start - index
-            positions[:, index : image.start] = np.arange(position, position + text)
-            position += text
             rows = image.layout.grid[1] // self.merge_size
             columns = image.layout.grid[2] // self.merge_size
-            index = image.start + rows * columns
-            block = positions[:, image.start : index]
-            block[0] = position
-            block[1] = position + np.repeat(np.arange(rows), columns)
-            block[2] = position + np.tile(np.arange(columns), rows)
-            position += max(rows, columns)
+            for start, times in self._runs(tokens, image, rows * columns):
+                text = start - index
+                positions[:, index:start] = np.arange(position, position + text)
+                position += text
+                index = start + len(times) * rows * columns
+                block = positions[:, start:index].reshape(self.num_axes, len(times), rows, columns)
+                block[0] = position + times[:, None, None]
+                block[1] = position + np.arange(rows)[:, None]
+                block[2] = position + np.arange(columns)
+                position += max(rows, columns)
         rest = len(tokens) - index
         positions[:, index:] = np.arange(position, position + rest)
         return positions, position + rest
+
+    def _runs(
+        self, tokens: np.ndarray, image: PlacedImage, num_units: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(start, position of each temporal patch) of the block's runs of image tokens."""
+        layout, start = image.layout, image.start
+        still = np.zeros(1, np.int64)
+        if layout.clip is None:
+            yield start, still
+        elif self.variant == "qwen3":
+            block = tokens[start : start + layout.num_tokens] == self.video_token_id
+            for first in np.flatnonzero(block)[::num_units]:
+                yield start + int(first), still
+        else:
+            yield start, self._patch_positions(layout)
+
+    def _patch_positions(self, layout: ImageLayout) -> np.ndarray:
+        """Qwen2-VL counts temporal patches, Qwen2.5-VL their time. In float32, as transformers."""
+        patches = np.arange(layout.grid[0])
+        if self.variant == "qwen2" or layout.clip is None:
+            return patches
+        seconds = np.float32(self.temporal_patch_size / layout.clip.fps)
+        interval = np.float32(self.tokens_per_second) * seconds
+        return (patches.astype(np.float32) * interval).astype(np.int64)
 
 
 def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> ModelSizes:

@@ -1,0 +1,89 @@
+"""The process that measures videos: its answers, its death, its patience."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline import helper_process, video_probe
+from pipeline.errors import RowError
+from pipeline.rows import VideoInfo
+from pipeline.settings import InputSettings
+from pipeline.video_probe import VideoProber
+from tests.helpers.videos import video
+
+FRAGILE = helper_process._BOOT.replace(
+    "main(",
+    """
+import os, time
+from pipeline import video_probe
+plain = video_probe.probe
+def probe(data, limits):
+    if data.endswith(b"deadly"):
+        os.kill(os.getpid(), 9)
+    if data.endswith(b"stuck"):
+        time.sleep(1000)
+    if data.endswith(b"huge"):
+        bytearray(1 << 40)
+    return plain(data, limits)
+video_probe.probe = probe
+main(""",
+    1,
+)
+
+
+@pytest.fixture
+def prober(monkeypatch: pytest.MonkeyPatch) -> Iterator[VideoProber]:
+    monkeypatch.setattr(helper_process, "_BOOT", FRAGILE)
+    monkeypatch.setattr(video_probe, "_GRACE_SEC", 0.2)
+    made = VideoProber(InputSettings(path="x", video_timeout_sec=1.0))
+    yield made
+    made.close()
+
+
+def _code(prober: VideoProber, data: bytes) -> str:
+    with pytest.raises(RowError) as caught:
+        prober.probe(data)
+    return caught.value.code
+
+
+def test_answers_and_errors_come_from_one_process(prober: VideoProber) -> None:
+    assert prober.probe(video(12, 6)) == VideoInfo(64, 48, 12, 6.0)
+    assert prober._process is not None
+    pid = prober._process.pid
+    assert _code(prober, b"no video" * 50) == "not_a_video"
+    assert prober.probe(video(5, 5, 80, 32)) == VideoInfo(80, 32, 5, 5.0)
+    assert prober._process.pid == pid
+
+
+@pytest.mark.parametrize(
+    ("mark", "code"),
+    [(b"deadly", "worker_crash"), (b"stuck", "video_timeout"), (b"huge", "video_too_large")],
+)
+def test_a_video_that_harms_the_process_fails_alone(
+    prober: VideoProber, mark: bytes, code: str
+) -> None:
+    data = video(6, 6)
+    start = time.monotonic()
+    assert _code(prober, data + mark) == code
+    assert time.monotonic() - start < 10
+    assert prober.probe(data).num_frames == 6
+
+
+def test_the_process_may_be_killed_between_two_videos(prober: VideoProber) -> None:
+    data = video(6, 6)
+    prober.probe(data)
+    assert prober._process is not None
+    os.kill(prober._process.pid, signal.SIGKILL)
+    prober._process.wait()
+    assert prober.probe(data).num_frames == 6
+
+
+def test_nothing_is_started_without_a_video() -> None:
+    prober = VideoProber(InputSettings(path="x"))
+    assert prober._process is None
+    prober.close()
