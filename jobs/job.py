@@ -98,6 +98,7 @@ class Job:
             config.output.rows_per_shard,
             limit=config.input.limit,
             changed=changed,
+            still_holds=inputs.source.still_holds,
         )
         return cls(config, paths, manifest, plan, inputs.source, inputs.schema)
 

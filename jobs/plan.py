@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from jobs.storage import StorageError
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
+StillHolds = Callable[[str, str], bool]  # a path; a fingerprint that it had when it was planned
 MAX_RACES = 100  # other processes that planned between our reading and our writing
 
 
@@ -169,10 +170,15 @@ class Plan:
         """Planned files that the input no longer has."""
         return sorted(self.files().keys() - {file.path for file in files})
 
-    def changed(self, files: Iterable[InputFile]) -> list[str]:
-        """Planned files that are no longer what they were."""
+    def changed(
+        self, files: Iterable[InputFile], still_holds: StillHolds | None = None
+    ) -> list[str]:
+        """Planned files that are no longer what they were, with or without rows behind them."""
         known = self.files()
-        return [f.path for f in files if f.path in known and not _same(known[f.path], f)]
+        differ = [f for f in files if f.path in known and not _same(known[f.path], f)]
+        if still_holds is None:
+            return [file.path for file in differ]
+        return [f.path for f in differ if not still_holds(f.path, _newest(known[f.path]) or "")]
 
     def redo_revision(self, number: int) -> int:
         """The highest revision that a shard was given by itself; 0 when none."""
@@ -219,11 +225,12 @@ def grow_plan(
     *,
     limit: int | None = None,
     changed: str = "refuse",
+    still_holds: StillHolds | None = None,
 ) -> Plan:
     """Plan the rows that no shard holds yet; safe while others do the same.
 
-    `changed`: `refuse`, or `redo` to plan the shards of changed files anew.
-    Raises: UserError for changed files.
+    `changed`: `refuse`, or `redo` to plan the shards of changed files anew. A file that has only
+    grown is not changed. Raises: UserError for changed files.
     """
     for _ in range(MAX_RACES):
         plan = load_plan(paths)
@@ -231,7 +238,10 @@ def grow_plan(
         if moves:
             write_part(paths, plan.num_parts, moves)
             continue
-        news = _new_spans(plan, files, rows_per_shard, limit, changed)
+        bad = plan.changed(files, still_holds)
+        if bad and changed != "redo":
+            raise _changed(bad)
+        news = _new_spans(plan, files, rows_per_shard, limit, bad)
         if not news:
             return plan
         records = [{"kind": "span", **asdict(span)} for span in news]
@@ -260,17 +270,22 @@ def redo_shards(
     raise StorageError(f"{paths.plan_folder} grew {MAX_RACES} times while it was read")
 
 
+def _changed(paths: Sequence[str]) -> UserError:
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return UserError(
+        f"The input file {paths[0]}{more} has changed since its rows were planned: put it back, "
+        "or run with --changed redo to do its rows again."
+    )
+
+
 def _new_spans(
-    plan: Plan, files: Sequence[InputFile], rows_per_shard: int, limit: int | None, changed: str
+    plan: Plan,
+    files: Sequence[InputFile],
+    rows_per_shard: int,
+    limit: int | None,
+    bad: Collection[str],
 ) -> list[Span]:
     known = plan.files()
-    bad = plan.changed(files)
-    if bad and changed != "redo":
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(
-            f"The input file {bad[0]}{more} has changed since its rows were planned: put it back, "
-            "or run with --changed redo to do its rows again."
-        )
     next_shard = plan.num_shards
     left = limit
     news: list[Span] = []
@@ -334,5 +349,10 @@ def _redone(span: Span, plan: Plan, file: InputFile, num_rows: int) -> Span:
 
 
 def _same(spans: Sequence[Span], file: InputFile) -> bool:
-    """Whether a file is still what its shards were planned from; one without shards always is."""
-    return all(span.fingerprint == file.fingerprint for span in spans if span.num_shards)
+    """Whether a file is still what its rows were planned from; one without shards always is."""
+    return _newest(spans) in (file.fingerprint, None)
+
+
+def _newest(spans: Sequence[Span]) -> str | None:
+    """The fingerprint of a file when its last rows were planned; None where it had none."""
+    return next((span.fingerprint for span in reversed(spans) if span.num_shards), None)

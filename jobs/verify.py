@@ -194,18 +194,20 @@ def _check_input(manifest: Manifest, plan: Plan, verdict: Verdict) -> None:
 
     config = manifest.job_config()
     try:
-        files = open_config_source(config).files()
+        source = open_config_source(config)
+        files = source.files()
+        changed = plan.changed(files, source.still_holds)
     except (UserError, OSError) as error:
         verdict.notes.append(f"the input cannot be looked at: {error}")
         return
     verdict.rows_input = sum(file.num_rows for file in files)
     known = plan.files()
-    for name in plan.changed(files):
+    for name in changed:
         advice = "Put it back, or run the job with --changed redo."
         verdict.findings.append(Finding(name, "has changed since it was planned", advice))
     for name in plan.missing(files):
         verdict.notes.append(f"{name} is planned and no longer in the input")
     news = sum(f.num_rows - (known[f.path][-1].stop if f.path in known else 0) for f in files)
-    if news > 0 and not plan.changed(files):
+    if news > 0 and not changed:
         verdict.rows_left += news
         verdict.notes.append(f"the input has {news} new rows: run the job again")

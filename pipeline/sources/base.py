@@ -17,17 +17,22 @@ import pyarrow as pa
 from pipeline.errors import RowError, UserError
 from pipeline.rows import ImageRef, Row
 from pipeline.settings import InputSettings
+from pipeline.sources import files
 from pipeline.sources.cells import id_text, media_refs
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One file of the input; `fingerprint` changes when its content does."""
+    """One file of the input; `fingerprint` changes when its content does.
+
+    `mark` makes fingerprints that also tell whether a file has only grown.
+    """
 
     path: str
     num_rows: int
     fingerprint: str
     num_bytes: int
+    stamp: str = ""  # changes when the file is written anew, at the price of one look
 
 
 class Source(ABC):
@@ -37,6 +42,7 @@ class Source(ABC):
         self.settings = settings
         self._asked = None if columns is None else frozenset(columns)
         self.addresses: dict[str, str] = {}  # by path, of files that lie elsewhere
+        self._listed: dict[str, InputFile] = {}
 
     @abstractmethod
     def schema(self) -> pa.Schema:
@@ -52,15 +58,30 @@ class Source(ABC):
 
     def files(self) -> list[InputFile]:
         """The files that hold the first `settings.limit` rows, sorted by path."""
-        files = self.list_files()
-        if not files:
+        found = self.list_files()
+        if not found:
             raise UserError(
                 f"input.path {_paths(self.settings)} holds no {self.settings.source} files."
             )
-        return files if self.settings.limit is None else _first_rows(files, self.settings.limit)
+        self._listed = {file.path: file for file in found}
+        return found if self.settings.limit is None else _first_rows(found, self.settings.limit)
 
     def read(self, path: str, start: int, stop: int) -> Iterator[Row]:
-        """Rows [start, stop) of one file; `Row.index` counts from 0. A repeated id is an error."""
+        """Rows [start, stop) of one file; `Row.index` counts from 0. A repeated id is an error.
+
+        Raises: UserError when the file is no longer what `files` has seen.
+        """
+        self._check_unchanged(path)
+        last: Row | None = None
+        for row in self._checked_ids(path, start, stop):
+            if last is not None:
+                yield last
+            last = row
+        self._check_unchanged(path)
+        if last is not None:
+            yield last
+
+    def _checked_ids(self, path: str, start: int, stop: int) -> Iterator[Row]:
         seen: set[str] = set()
         for row in self.read_rows(path, start, stop):
             if row.row_id in seen and row.error is None:
@@ -68,6 +89,39 @@ class Source(ABC):
                 row = replace(row, error=RowError("duplicate_id", message))
             seen.add(row.row_id)
             yield row
+
+    def still_holds(self, path: str, fingerprint: str) -> bool:
+        """Whether a file begins, now, with all the rows that it had with that fingerprint."""
+        parts = fingerprint.split("-")
+        if len(parts) == 3 and self.beginning(path, int(parts[0])) == parts[1]:
+            return True
+        return self.describe(path).fingerprint == fingerprint
+
+    def describe(self, path: str) -> InputFile:
+        """What `list_files` tells of one file, looked at afresh."""
+        for file in self.list_files():
+            if file.path == path:
+                return file
+        raise UserError(f"the input no longer has {path}.")
+
+    def stamp(self, path: str) -> str:
+        """What `InputFile.stamp` would be now."""
+        return files.stamp(self.address(path))
+
+    def _check_unchanged(self, path: str) -> None:
+        known = self._listed.get(path)
+        if known is None or (stamp := self.stamp(path)) == known.stamp:
+            return
+        if not self.still_holds(path, known.fingerprint):
+            raise UserError(
+                f"The input file {path} was changed while the job ran: put it back, or run the job "
+                "with --changed redo."
+            )
+        self._listed[path] = replace(known, stamp=stamp)
+
+    def beginning(self, path: str, num_rows: int) -> str | None:
+        """The digest of a file's first rows; None where it has no more than these."""
+        return None
 
     def address(self, path: str) -> str:
         """Where the file of a path lies."""
@@ -123,6 +177,11 @@ class Source(ABC):
 def take_media(record: dict[str, Any], media: Mapping[str, str]) -> dict[str, Any]:
     """The cells of the record's images and videos by kind, taken out of it."""
     return {kind: record.pop(name, None) for kind, name in media.items()}
+
+
+def mark(num_rows: int, beginning: str, content: str) -> str:
+    """A fingerprint of which `still_holds` makes use; `beginning` is that of all the rows."""
+    return f"{num_rows}-{beginning}-{content}"
 
 
 def file_name(path: str) -> str:

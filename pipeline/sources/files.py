@@ -100,6 +100,19 @@ def size_and_version(path: str) -> tuple[int, str | None]:
     return int(info["size"]), version
 
 
+def stamp(path: str) -> str:
+    """Changes when a file is written anew or replaced. Raises: EngineError."""
+    try:
+        if is_local(path):
+            info = os.stat(path)
+            return f"{info.st_size} {info.st_mtime_ns} {info.st_ino}"
+        filesystem, name = filesystem_of(path)
+        filesystem.invalidate_cache(name)
+        return " ".join(map(str, size_and_version(path)))
+    except OSError as error:
+        raise read_error(path, error) from error
+
+
 def fingerprint(file: BinaryIO, size: int, version: str | None, *known: bytes) -> str:
     """Hash of a file's size, of what is `known` of it, and of samples unless it has a version.
 
@@ -115,7 +128,7 @@ def fingerprint(file: BinaryIO, size: int, version: str | None, *known: bytes) -
     step = max(_SAMPLE_BYTES, size // _NUM_SAMPLES)
     for offset in range(0, size, step):
         file.seek(offset)
-        digest.update(file.read(_SAMPLE_BYTES))
+        digest.update(file.read(min(_SAMPLE_BYTES, size - offset)))
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline.errors import UserError
 from pipeline.rows import Row
 from pipeline.sources import files
-from pipeline.sources.base import InputFile, Source
+from pipeline.sources.base import InputFile, Source, mark
 from pipeline.stores import is_local
 
 _KINDS = "jpg jpeg png webp gif bmp tif tiff heic heif avif jxl jp2"  # some fail, none is skipped
@@ -34,7 +34,7 @@ class FolderSource(Source):
         found = files.expand(self.settings.path, SUFFIXES)
         folders = sorted({name.rpartition("/")[0] or "." for name in found})
         self.check_columns({*COLUMNS, "image"}, folders[0] if folders else "a folder")
-        return files.in_threads(self._input_file, folders)
+        return files.in_threads(self.describe, folders)
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
         pictures = self._pictures(path)
@@ -49,13 +49,17 @@ class FolderSource(Source):
             image = os.path.abspath(address) if is_local(address) else address
             yield self.make_row(path, start, number, record, image if self.settings.image else None)
 
-    def _input_file(self, folder: str) -> InputFile:
-        pictures = self._pictures(folder)
-        digest = blake2b(digest_size=16)
-        for name, size in pictures:
-            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogatepass"))
-        num_bytes = sum(size for _, size in pictures)
-        return InputFile(folder, len(pictures), digest.hexdigest(), num_bytes)
+    def beginning(self, path: str, num_rows: int) -> str | None:
+        pictures = self._pictures(path)
+        return _digest(pictures[:num_rows]) if len(pictures) > num_rows else None
+
+    def describe(self, path: str) -> InputFile:
+        pictures = self._pictures(path)
+        num_bytes, digest = sum(size for _, size in pictures), _digest(pictures)
+        return InputFile(path, len(pictures), mark(len(pictures), digest, ""), num_bytes, digest)
+
+    def stamp(self, path: str) -> str:
+        return _digest(self._pictures(path))
 
     def _pictures(self, folder: str) -> list[tuple[str, int]]:
         """(name, bytes) of the folder's own pictures that `input.path` means, sorted."""
@@ -74,3 +78,10 @@ class FolderSource(Source):
         names = [paths] if isinstance(paths, str) else list(paths)
         masks = [name.rstrip("/").rpartition("/")[2] for name in names]
         return masks if all(mask.endswith(SUFFIXES) or "*" in mask for mask in masks) else []
+
+
+def _digest(pictures: list[tuple[str, int]]) -> str:
+    digest = blake2b(digest_size=16)
+    for name, size in pictures:
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -44,6 +44,15 @@ class HubSource(Source):
     def list_files(self) -> list[InputFile]:
         return self._reader.list_files()
 
+    def describe(self, path: str) -> InputFile:
+        return self._reader.describe(path)
+
+    def stamp(self, path: str) -> str:
+        return self._reader.stamp(path)
+
+    def beginning(self, path: str, num_rows: int) -> str | None:
+        return self._reader.beginning(path, num_rows)
+
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
         return self._reader.read_rows(path, start, stop)
 
@@ -67,6 +76,9 @@ class _Loaded(Source):
         self.check_columns(self._dataset.column_names, path)
         num_bytes = self._dataset.data.nbytes if len(self._dataset) else 0
         return [InputFile(path, len(self._dataset), self._mark, num_bytes)]
+
+    def stamp(self, path: str) -> str:
+        return ""  # `datasets` has fixed what is read
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
         if stop > len(self._dataset):
@@ -101,6 +113,9 @@ class _Streamed(Source):
             count = sum(table.num_rows for table in self._shard(index).iter(_COUNT_ROWS))
             found.append(InputFile(f"{_label(self.settings)}/{index:05}", count, self._mark, 0))
         return found
+
+    def stamp(self, path: str) -> str:
+        return ""  # `datasets` has fixed what is read
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
         shard = self._shard(int(path.rpartition("/")[2]))

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline.errors import RowError, UserError
 from pipeline.rows import Row
 from pipeline.sources import files
-from pipeline.sources.base import InputFile, Source
+from pipeline.sources.base import InputFile, Source, mark
 
 MAX_LINE_BYTES = 256 << 20
 _DEFAULT_ID = "custom_id"
@@ -35,7 +35,21 @@ class OpenAIBatchSource(Source):
 
     def list_files(self) -> list[InputFile]:
         paths = files.expand(self.settings.path, (".jsonl", ".jsonl.gz", ".ndjson"))
-        return files.in_threads(_input_file, paths)
+        return files.in_threads(self.describe, paths)
+
+    def describe(self, path: str) -> InputFile:
+        """Counts the lines; as all are read, the whole content is the fingerprint."""
+        try:
+            stamp = files.stamp(path)
+            digest, count = _digest(path)
+            size, _ = files.size_and_version(path)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path} cannot be read: {error}.") from error
+        return InputFile(path, count, mark(count, digest, ""), size, stamp)
+
+    def beginning(self, path: str, num_rows: int) -> str | None:
+        digest, count = _digest(path, num_rows)
+        return digest if count > num_rows else None
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
         number = 0
@@ -83,17 +97,14 @@ def _record(line: bytes) -> dict[str, Any]:
     return {**(body if isinstance(body, dict) else {}), **record}
 
 
-def _input_file(path: str) -> InputFile:
-    """Counts the lines; the whole file is read once, so its whole content is the fingerprint."""
+def _digest(path: str, stop: int | None = None) -> tuple[str, int]:
+    """The digest of the first lines (None: of all), and how many lines were seen for it."""
     digest, count = blake2b(digest_size=16), 0
-    try:
-        for line in _lines(path):
-            digest.update(line)
-            count += 1
-        size, _ = files.size_and_version(path)
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    return InputFile(path, count, digest.hexdigest(), size)
+    for count, line in enumerate(_lines(path), 1):
+        if stop is not None and count > stop:
+            break
+        digest.update(line.rstrip(b"\r\n") + b"\n")  # the last line may get its end later
+    return digest.hexdigest(), count
 
 
 def _lines(path: str) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ README for why `pre_buffer` is off.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import Any
 
 import pyarrow as pa
@@ -16,11 +17,10 @@ import pyarrow.parquet as pq
 from pipeline.errors import RowError, UserError
 from pipeline.rows import Row
 from pipeline.sources import files
-from pipeline.sources.base import InputFile, Source, take_media
+from pipeline.sources.base import InputFile, Source, mark, take_media
 from pipeline.sources.cells import records
 from pipeline.stores import is_local
 
-_SUFFIXES = (".parquet", ".parq", ".pq")
 _SUFFIXES = (".parquet", ".parq", ".pq")
 _TAIL_BYTES = 64 << 10  # read at once in the hope that the footer is in it
 _BATCH_BYTES = 8 << 20
@@ -37,7 +37,7 @@ class ParquetSource(Source):
         return pa.schema([schema.field(name) for name in self.wanted(schema.names)])
 
     def list_files(self) -> list[InputFile]:
-        return files.in_threads(self._input_file, self.find_paths())
+        return files.in_threads(self.describe, self.find_paths())
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
         with _open(self.address(path)) as reader:
@@ -50,15 +50,23 @@ class ParquetSource(Source):
                     yield from self._read_group(reader, path, group, first, start, stop)
                 first = after
 
+    def beginning(self, path: str, num_rows: int) -> str | None:
+        address = self.address(path)
+        metadata, _ = _footer(address)
+        if metadata.num_rows <= num_rows:
+            return None
+        with files.open_binary(address) as file:
+            return _groups_digest(address, file, metadata, num_rows)
+
     def find_paths(self) -> list[str]:
         """The paths of the input, sorted."""
         return sorted(self.addresses) or files.expand(self.settings.path, _SUFFIXES)
 
-    def _input_file(self, path: str) -> InputFile:
-        metadata, mark = _footer(self.address(path))
+    def describe(self, path: str) -> InputFile:
+        stamp = self.stamp(path)
+        metadata, (size, fingerprint) = _footer(self.address(path))
         self.check_columns(metadata.schema.to_arrow_schema().names, path)
-        size, fingerprint = mark
-        return InputFile(path, metadata.num_rows, fingerprint, size)
+        return InputFile(path, metadata.num_rows, fingerprint, size, stamp)
 
     def _read_group(
         self, reader: pq.ParquetFile, path: str, group: int, first: int, start: int, stop: int
@@ -100,9 +108,36 @@ def _footer(path: str) -> tuple[pq.FileMetaData, tuple[int, str]]:
             if len(tail) < length <= size and tail[-4:] == b"PAR1":
                 tail = _read_at(file, size - length, length)
             metadata = pq.read_metadata(pa.BufferReader(tail))
-            return metadata, (size, files.fingerprint(file, size, version, tail[-length:]))
+            num_rows = metadata.num_rows
+            digest = _groups_digest(path, file, metadata, num_rows) or ""
+            content = blake2b(tail[-length:] + (version or "").encode(), digest_size=16)
+            return metadata, (size, mark(num_rows, digest, content.hexdigest()))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is no readable Parquet file: {error}.") from error
+
+
+def _groups_digest(path: str, file: Any, metadata: pq.FileMetaData, num_rows: int) -> str | None:
+    """The digest of the row groups that hold the first rows; None when rows end inside a group.
+
+    Of a local file it holds samples of their bytes too; a store tells a version of the whole.
+    """
+    digest = blake2b(str(metadata.schema.to_arrow_schema()).encode(), digest_size=16)
+    count = end = 0
+    for number in range(metadata.num_row_groups):
+        if count >= num_rows:
+            break
+        group = metadata.row_group(number)
+        count += group.num_rows
+        if group.num_columns:
+            last = group.column(group.num_columns - 1)
+            begin = last.dictionary_page_offset or last.data_page_offset
+            end = begin + last.total_compressed_size
+        digest.update(f"{group.num_rows} {group.total_byte_size} {end} ".encode())
+    if count != num_rows:
+        return None
+    if is_local(path):
+        digest.update(files.fingerprint(file, end, None).encode())
+    return digest.hexdigest()
 
 
 def _read_at(file: Any, offset: int, num_bytes: int) -> bytes:

@@ -21,13 +21,14 @@ import pyarrow as pa
 from pipeline.errors import RowError, UserError
 from pipeline.rows import Row
 from pipeline.sources import files
-from pipeline.sources.base import InputFile, Source
+from pipeline.sources.base import InputFile, Source, mark
 from pipeline.sources.folder import SUFFIXES as PICTURES
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # key, extension
 _TARS = (".tar", ".tar.gz", ".tgz")
 _TEXTS = frozenset({"txt", "text", "caption", "cls", "id", "url", "prompt", "question", "answer"})
 _MAX_TEXT_BYTES = 16 << 20
+_HEAD_BYTES = 512
 
 
 class _Member(NamedTuple):
@@ -45,13 +46,17 @@ class WebDatasetSource(Source):
         return pa.schema([(n, files.arrow_type(record[n])) for n in self.wanted(list(record))])
 
     def list_files(self) -> list[InputFile]:
-        return files.in_threads(self._input_file, self.find_paths())
+        return files.in_threads(self.describe, self.find_paths())
 
     def find_paths(self) -> list[str]:
         """The paths of the input, sorted."""
         return sorted(self.addresses) or files.expand(self.settings.path, _TARS)
 
-    def _input_file(self, path: str) -> InputFile:
+    def beginning(self, path: str, num_rows: int) -> str | None:
+        digest, count = _digest(self.address(path), num_rows)
+        return digest if count > num_rows else None
+
+    def describe(self, path: str) -> InputFile:
         return replace(_input_file(self.address(path)), path=path)
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
@@ -184,17 +189,29 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 
 def _input_file(path: str) -> InputFile:
-    digest, count = blake2b(digest_size=16), 0
     try:
+        stamp = files.stamp(path)
         size, version = files.size_and_version(path)
-        with _open(path) as tar:
-            for key, members in _samples(tar):
-                count += 1
-                for member in members:
-                    info = member.info
-                    digest.update(f"{key}\0{member.extension}\0{info.size}\0".encode())
+        digest, count = _digest(path)
         with files.open_binary(path) as raw:
-            mark = files.fingerprint(raw, size, version, digest.digest())
+            content = files.fingerprint(raw, size, version)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path} is no readable tar file: {error}.") from error
-    return InputFile(path, count, mark, size)
+    return InputFile(path, count, mark(count, digest, content), size, stamp)
+
+
+def _digest(path: str, stop: int | None = None) -> tuple[str, int]:
+    """The digest of the first samples (None: of all), and how many were seen for it.
+
+    Of each file it holds the name, the size and the first bytes.
+    """
+    digest, count = blake2b(digest_size=16), 0
+    with _open(path) as tar:
+        for count, (key, members) in enumerate(_samples(tar), 1):
+            if stop is not None and count > stop:
+                break
+            for member in members:
+                head = tar.extractfile(member.info)
+                digest.update(f"{key}\0{member.extension}\0{member.info.size}\0".encode())
+                digest.update(b"" if head is None else head.read(_HEAD_BYTES))
+    return digest.hexdigest(), count

@@ -102,6 +102,24 @@ def test_limit_grows(paths: RunPaths) -> None:
     assert len(rows_of(grow_plan(paths, files, 4, limit=1))) == 20
 
 
+def test_grown_files_give_new_shards_only(paths: RunPaths) -> None:
+    def still_holds(path: str, fingerprint: str) -> bool:
+        return (path, fingerprint) == ("a", "f0")
+
+    before = list(grow_plan(paths, [File("a", 7), File("b", 3)], 3))
+    grown = [File("a", 12, "f1"), File("b", 3)]
+    with pytest.raises(UserError, match="has changed"):
+        grow_plan(paths, grown, 3)
+    plan = grow_plan(paths, grown, 3, still_holds=still_holds)
+    check(plan, {"a": 12, "b": 3})
+    assert list(plan)[: len(before)] == before
+    assert {s.fingerprint for s in list(plan)[len(before) :]} == {"f1"}
+    assert plan.changed(grown) == []
+    assert grow_plan(paths, grown, 3).num_parts == plan.num_parts
+    with pytest.raises(UserError, match="has changed"):
+        grow_plan(paths, [File("a", 12, "f2"), File("b", 3)], 3, still_holds=still_holds)
+
+
 def test_moved_files_are_the_same_files(paths: RunPaths) -> None:
     """Another spelling of the same path, a moved folder: nothing is doubled."""
     old = [File("data/a", 7, "fa"), File("data/b", 5, "fb"), File("data/c", 5, "fb")]
