@@ -38,6 +38,8 @@ CODES = MappingProxyType(
         "too_many_frames": "The image or video has more frames than allowed.",
         "too_many_videos": "The row has more videos than input.max_videos.",
         "video_timeout": "The video was not read within input.video_timeout_sec.",
+        # recordings
+        "empty_audio": "The recording has no bytes, or too few samples to hear.",
         # remote images and videos
         "remote_disabled": "The image or video is a URL and input.remote is off.",
         "remote_forbidden": "The URL leads to a private or local address.",

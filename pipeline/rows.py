@@ -99,6 +99,13 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True)
+class Sound:
+    """A recording as models hear it: mono samples at 16 kHz, which are float32 in memory."""
+
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
 class ImageLayout:
     """What a family makes of an image's size: the processed size, its patch grid, its tokens.
 
@@ -111,6 +118,7 @@ class ImageLayout:
     num_tokens: int
     views: tuple[View, ...] = ()
     clip: Clip | None = None  # of a video, whose pixels are [frames, height, width, 3]
+    sound: Sound | None = None  # of a recording, whose samples are uint8 [num_samples, 4]
 
 
 @dataclass(frozen=True, slots=True)

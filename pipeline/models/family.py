@@ -104,9 +104,17 @@ class Family(ABC):
         """Which frames of a video the family takes, and what it makes of them."""
         raise RowError("unsupported_input", "The model takes no videos.")
 
+    def audio_layout(self, num_samples: int) -> ImageLayout:
+        """What the family makes of a sound of so many samples at 16 kHz."""
+        raise RowError("unsupported_input", "The model takes no audio.")
+
     def render(self, turns: Sequence[Turn]) -> tuple[Piece, ...]:
         """The prompt's pieces: texts, control tokens and image numbers, up to the answer."""
         return render(self.template, turns)
+
+    def pieces(self, turns: Sequence[Turn], layouts: Sequence[ImageLayout]) -> tuple[Piece, ...]:
+        """As `render`, for families whose prompt depends on what the numbers stand for."""
+        return self.render(turns)
 
     def prompt_text(self, turns: Sequence[Turn]) -> str | None:
         """The rendered prompt, for families whose engine wants text; None for ours."""
@@ -123,7 +131,7 @@ class Family(ABC):
         chunks: list[np.ndarray] = []
         starts: list[int] = []
         length = 0
-        for piece in self.render(turns):
+        for piece in self.pieces(turns, layouts):
             if isinstance(piece, int):
                 starts.append(length)
                 chunk = self.image_tokens(layouts[piece])

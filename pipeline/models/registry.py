@@ -73,6 +73,14 @@ FAMILIES = (
         weights_gb=16.2,
     ),
     Entry(
+        name="minicpm-o",
+        spec="pipeline.models.families.minicpm_o.spec",
+        example="openbmb/MiniCPM-o-2_6",
+        templates=("minicpmo",),
+        weights_gb=17.4,
+        takes=("image", "audio"),
+    ),
+    Entry(
         name="smolvlm",
         spec="pipeline.models.families.smolvlm.spec",
         example="HuggingFaceTB/SmolVLM2-2.2B-Instruct",

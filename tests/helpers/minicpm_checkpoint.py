@@ -1,4 +1,4 @@
-"""Writes small random MiniCPM-V 2.6 checkpoints in the layout of the original repository.
+"""Writes small random MiniCPM-V and MiniCPM-o 2.6 checkpoints as the original repositories do.
 
 For tests only: flat config.json, original tensor names, processor settings, tokenizer. The same
 seed gives the same bytes. Imports neither torch nor transformers.
@@ -34,9 +34,27 @@ MARKERS = (
     "</image_id>",
     "<unk>",
 )
+SOUND_MARKERS = (
+    "<|audio_start|>",
+    "<|audio_end|>",
+    "<|spk_bos|>",
+    "<|spk|>",
+    "<|spk_eos|>",
+    "<|tts_bos|>",
+    "<|tts_eos|>",
+)
+AUDIO = {
+    "activation_function": "gelu",
+    "d_model": 32,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 128,
+    "encoder_layers": 2,
+    "max_source_positions": 1500,
+    "num_mel_bins": 80,
+}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -69,12 +87,40 @@ def text_config(vocabulary: int) -> dict[str, Any]:
 def write_minicpm_v(folder: Path, *, seed: int = 0, drop_last: bool = False) -> Path:
     """Write a MiniCPM-V 2.6; with `drop_last` its tower's last layer is neither stored nor run."""
     special = (*SPECIAL, *MARKERS)
-    config = text_config(max(special_ids(special).values()) + 1) | {
+    config = _config(special) | {
         "architectures": ["MiniCPMV"],
-        "batch_vision_input": True,
         "drop_vision_last_layer": drop_last,
-        "image_size": 448,
         "model_type": "minicpmv",
+    }
+    shapes = vision_shapes(drop_last) | decoder_shapes(config["vocab_size"])
+    return _write(folder, config, special, shapes, seed)
+
+
+def write_minicpm_o(folder: Path, *, seed: int = 0) -> Path:
+    """Write a MiniCPM-o 2.6, its speech synthesis a stand-in of one tensor."""
+    special = (*SPECIAL, *MARKERS, *SOUND_MARKERS)
+    config = _config(special) | {
+        "architectures": ["MiniCPMO"],
+        "audio_chunk_length": 1.0,
+        "audio_config": AUDIO,
+        "audio_pool_step": 2,
+        "chunk_input": True,
+        "drop_vision_last_layer": False,
+        "init_audio": True,
+        "init_tts": True,
+        "init_vision": True,
+        "model_type": "minicpmo",
+        "stream_input": False,
+    }
+    shapes = vision_shapes(False) | decoder_shapes(config["vocab_size"]) | audio_shapes()
+    shapes["tts.projector.linear1.weight"] = (4, 4)
+    return _write(folder, config, special, shapes, seed)
+
+
+def _config(special: tuple[str, ...]) -> dict[str, Any]:
+    return text_config(max(special_ids(special).values()) + 1) | {
+        "batch_vision_input": True,
+        "image_size": 448,
         "patch_size": 14,
         "query_num": QUERIES,
         "slice_config": {"max_slice_nums": 9, "patch_size": 14, "model_type": "minicpmv"},
@@ -84,10 +130,18 @@ def write_minicpm_v(folder: Path, *, seed: int = 0, drop_last: bool = False) -> 
         "vision_batch_size": 16,
         "vision_config": VISION,
     }
+
+
+def _write(
+    folder: Path, config: dict[str, Any], special: tuple[str, ...], shapes: Shapes, seed: int
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", processor_config())
     (folder / "tokenizer.json").write_text(tokenizer_json(special), encoding="utf-8")
+    system = "You are a helpful assistant."
+    if config["model_type"] == "minicpmo":
+        system = f"You are Qwen, created by Alibaba Cloud. {system}"
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -95,10 +149,9 @@ def write_minicpm_v(folder: Path, *, seed: int = 0, drop_last: bool = False) -> 
             "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
             "unk_token": "<unk>",
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": CHAT_TEMPLATE.replace("SYSTEM", system),
         },
     )
-    shapes = vision_shapes(drop_last) | decoder_shapes(config["vocab_size"])
     write_weights(folder, random_tensors(shapes, seed))
     return folder
 
@@ -157,6 +210,30 @@ def vision_shapes(drop_last: bool) -> Shapes:
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             shapes |= linear(f"{layer}.self_attn.{part}", size, size)
         shapes |= linear(f"{layer}.mlp.fc1", inner, size) | linear(f"{layer}.mlp.fc2", size, inner)
+    return shapes
+
+
+def audio_shapes() -> Shapes:
+    """Whisper's encoder (`apm`) and the projection."""
+    size, inner = int(AUDIO["d_model"]), int(AUDIO["encoder_ffn_dim"])
+    shapes: Shapes = {
+        "apm.conv1.weight": (size, 80, 3),
+        "apm.conv1.bias": (size,),
+        "apm.conv2.weight": (size, size, 3),
+        "apm.conv2.bias": (size,),
+        "apm.embed_positions.weight": (1500, size),
+        **norm("apm.layer_norm", size),
+        **linear("audio_projection_layer.linear1", HIDDEN, size),
+        **linear("audio_projection_layer.linear2", HIDDEN, HIDDEN),
+    }
+    for i in range(int(AUDIO["encoder_layers"])):
+        layer = f"apm.layers.{i}"
+        shapes |= norm(f"{layer}.self_attn_layer_norm", size)
+        shapes |= norm(f"{layer}.final_layer_norm", size)
+        for part in ("q_proj", "v_proj", "out_proj"):
+            shapes |= linear(f"{layer}.self_attn.{part}", size, size)
+        shapes |= linear(f"{layer}.self_attn.k_proj", size, size, bias=False)
+        shapes |= linear(f"{layer}.fc1", inner, size) | linear(f"{layer}.fc2", size, inner)
     return shapes
 
 

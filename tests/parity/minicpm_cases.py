@@ -16,7 +16,14 @@ class Picture(NamedTuple):
     seed: int = 0
 
 
-Part = str | Picture
+class Wave(NamedTuple):
+    """A recording of so many samples at 16 kHz."""
+
+    num_samples: int
+    seed: int = 0
+
+
+Part = str | Picture | Wave
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,36 @@ CASES = {
     ),
     "twelve images": _ask(*[Picture(20 + i, 30, i) for i in range(12)], "How many?"),
 }
+
+
+_SEC = 16_000
+SOUND_CASES = {
+    "no sound": _ask(Picture(500, 460), "Describe this image in detail."),
+    "short": _ask(Wave(9000), "What do you hear?"),
+    "three seconds": _ask("Listen:", Wave(3 * _SEC + 1234, 1), "What is said?"),
+    "half a minute": _ask(Wave(30 * _SEC, 2)),
+    "over half a minute": _ask(Wave(30 * _SEC + 27_000, 3), "And?"),
+    "a minute and a tick": _ask(Wave(60 * _SEC + 170, 4), "And?"),
+    "over a minute": _ask(Wave(64 * _SEC + 5, 5), "And?"),
+    "with images": Case(
+        (
+            ("system", ("Answer with one word.",)),
+            ("user", (Picture(640, 480, 1), Wave(20_000, 6), "Is it the", Picture(90, 60, 2))),
+            ("assistant", ("Yes.",)),
+            ("user", ("Sure?",)),
+        )
+    ),
+}
+
+
+def samples_of(wave: Wave) -> np.ndarray:
+    """Tones with noise, loud and soft: float32 in [-1, 1]."""
+    rng = np.random.default_rng(wave.seed)
+    time = np.arange(wave.num_samples) / _SEC
+    tones = sum(np.sin(2 * np.pi * f * time) for f in rng.uniform(80, 3000, 3))
+    loud = 0.3 * np.abs(np.sin(2 * np.pi * time / 1.7))
+    noise = 0.02 * rng.standard_normal(wave.num_samples)
+    return (loud * tones / 3 + noise).astype(np.float32)
 
 
 def pixels_of(picture: Picture) -> np.ndarray:

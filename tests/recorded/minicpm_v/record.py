@@ -36,20 +36,30 @@ NUM_TOKENS = 8
 class Official:
     """The repository's model and processor on the checkpoint in `folder`."""
 
+    modeling_file, processing_file = "modeling_minicpmv", "processing_minicpmv"
+    prefix = "MiniCPMV"
+    markers: typing.ClassVar = {
+        "im_start_id": "<image>",
+        "im_end_id": "</image>",
+        "slice_start_id": "<slice>",
+        "slice_end_id": "</slice>",
+    }
+
     def __init__(self, code: Path, folder: Path) -> None:
         # The resampler's annotations come from names that older torch files exported; the
-        # modelling file imports torchvision and uses none of it.
+        # files import torchvision and torchaudio and use neither here.
         for name in ("Any", "Callable", "List", "Optional", "Tuple", "Union"):
             setattr(builtins, name, getattr(typing, name))
-        sys.modules.setdefault("torchvision", types.ModuleType("torchvision"))
+        for name in ("torchaudio", "torchvision"):
+            sys.modules.setdefault(name, types.ModuleType(name))
         package = types.ModuleType("official_minicpm")
         package.__path__ = [str(code)]
         sys.modules["official_minicpm"] = package
         load = lambda name: importlib.import_module(f"official_minicpm.{name}")  # noqa: E731
         self.images = load("image_processing_minicpmv")
-        self.processing = load("processing_minicpmv")
-        self.modeling = load("modeling_minicpmv")
+        self.processing = load(self.processing_file)
         self.configuration = load("configuration_minicpm")
+        self.modeling = load(self.modeling_file)
         self.folder = folder
         self.tokenizer = self._tokenizer()
         self.processor = self._processor()
@@ -57,44 +67,46 @@ class Official:
 
     def _tokenizer(self) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        for name, token in {
-            "im_start_id": "<image>",
-            "im_end_id": "</image>",
-            "slice_start_id": "<slice>",
-            "slice_end_id": "</slice>",
-        }.items():
+        for name, token in self.markers.items():
             setattr(tokenizer, name, tokenizer.convert_tokens_to_ids(token))
         return tokenizer
 
     def _processor(self) -> Any:
         settings = json.loads((self.folder / "preprocessor_config.json").read_text())
         images = self.images.MiniCPMVImageProcessor(**settings)
-        # NOTE: the constructor of transformers 5 checks classes that the official one lacks.
-        processor = object.__new__(self.processing.MiniCPMVProcessor)
+        # NOTE: the constructor insists on classes of its own for the parts.
+        processor = object.__new__(getattr(self.processing, f"{self.prefix}Processor"))
         processor.image_processor, processor.tokenizer = images, self.tokenizer
         processor.version = images.version
         return processor
 
     def _model(self) -> Any:
         values = json.loads((self.folder / "config.json").read_text())
-        config = self.configuration.MiniCPMVConfig(**values)
-        config._attn_implementation = "eager"
-        model = object.__new__(self.modeling.MiniCPMV)
+        model = object.__new__(getattr(self.modeling, self.prefix))
         torch.nn.Module.__init__(model)
-        model.config = config
+        model.config = self._config(values)
         text = {k: v for k, v in values.items() if k not in ("architectures", "model_type")}
         text["tie_word_embeddings"] = False
         model.llm = Qwen2ForCausalLM(Qwen2Config(**text))
         model.vpm = model.init_vision_module()
         width = model.llm.config.hidden_size
         model.resampler = model.init_resampler(width, model.vpm.embed_dim)
+        self._add_parts(model)
         tensors = load_file(self.folder / "model.safetensors")
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("tts.")}
         left = model.load_state_dict(tensors, strict=False)
         assert not left.unexpected_keys, left
-        assert all("pos_embed" in name or "position_ids" in name for name in left.missing_keys), (
-            left
-        )
+        buffers = ("pos_embed", "position_ids")
+        assert all(name.endswith(buffers) for name in left.missing_keys), left
         return model.float().eval()
+
+    def _config(self, values: dict[str, Any]) -> Any:
+        config = self.configuration.MiniCPMVConfig(**values)
+        config._attn_implementation = "eager"
+        return config
+
+    def _add_parts(self, model: Any) -> None:
+        """What a subclass has besides."""
 
     def inputs(self, case: Case) -> Any:
         """As `chat` does: contents joined by newlines, the template, the processor."""
@@ -113,10 +125,13 @@ class Official:
         )
         return self.processor([prompt], [images], return_tensors="pt")
 
+    def embed(self, inputs: Any) -> torch.Tensor:
+        return self.model.get_vllm_embedding(dict(inputs))[0]
+
     def run(self, case: Case) -> tuple[dict[str, Any], torch.Tensor]:
         inputs = self.inputs(case)
         ids = inputs["input_ids"]
-        embeds, _ = self.model.get_vllm_embedding(dict(inputs))
+        embeds = self.embed(inputs)
         logits = self.model.llm(inputs_embeds=embeds).logits[0]
         tokens = self.model.llm.generate(
             inputs_embeds=embeds, do_sample=False, max_new_tokens=NUM_TOKENS, eos_token_id=-1,

@@ -6,6 +6,7 @@ The torch half of the family; `spec.py` beside it is the other. Knows no chat te
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -42,22 +43,36 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     return common_config(config, rope, qkv_bias=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a checkpoint of the family holds."""
+
+    decoder: Decoder
+    embedding: Tensor
+    tower: SiglipTower
+    resampler: Resampler
+
+
+def take_parts(checkpoint: Checkpoint, family: spec.MiniCPM, weights: Weights) -> Parts:
+    config = decoder_config(checkpoint.config)
+    sizes = vit_config(checkpoint.config["vision_config"], spec.tower_depth(checkpoint.config))
+    embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    resampler = Resampler(
+        weights, "resampler", family.num_queries, config.hidden_size, sizes.size, sizes.grid
+    )
+    decoder = Decoder.take(weights, config, embedding)
+    return Parts(decoder, embedding, SiglipTower(weights, sizes, "vpm"), resampler)
+
+
 class MiniCPM(Model):
     """A MiniCPM-V 2.6 checkpoint on one device."""
 
-    def __init__(
-        self,
-        family: spec.MiniCPM,
-        decoder: Decoder,
-        embedding: Tensor,
-        tower: SiglipTower,
-        resampler: Resampler,
-    ) -> None:
-        super().__init__(family, decoder, embedding)
-        self.tower, self.resampler = tower, resampler
+    def __init__(self, family: spec.MiniCPM, parts: Parts) -> None:
+        super().__init__(family, parts.decoder, parts.embedding)
+        self.tower, self.resampler = parts.tower, parts.resampler
         self.patch, self.queries = family.patch_size, family.num_queries
         self.mean, self.std = family.image_mean, family.image_std
-        self.planner = SlicePlanner(self.patch, tower.config.grid, self.device)
+        self.planner = SlicePlanner(self.patch, self.tower.config.grid, self.device)
         self._blocks = lru_cache(_KEPT_TABLES)(self._make_blocks)
 
     def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:
@@ -93,11 +108,4 @@ class MiniCPM(Model):
 
 def build(checkpoint: Checkpoint, family: spec.MiniCPM, weights: Weights) -> MiniCPM:
     """Take the model's tensors from `weights`."""
-    config = decoder_config(checkpoint.config)
-    sizes = vit_config(checkpoint.config["vision_config"], spec.tower_depth(checkpoint.config))
-    embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-    decoder = Decoder.take(weights, config, embedding)
-    resampler = Resampler(
-        weights, "resampler", family.num_queries, config.hidden_size, sizes.size, sizes.grid
-    )
-    return MiniCPM(family, decoder, embedding, SiglipTower(weights, sizes, "vpm"), resampler)
+    return MiniCPM(family, take_parts(checkpoint, family, weights))

@@ -96,10 +96,10 @@ class MiniCPM(Family):
 
     name = "minicpm-v"
     templates = ("minicpmv",)
+    template = minicpmv.TEMPLATE
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
         config = checkpoint.config
-        self.template = minicpmv.TEMPLATE
         self.num_queries = int(config["query_num"])
         self.patch_size = int(config["vision_config"]["patch_size"])
         self.context_length = int(config.get("max_position_embeddings", 32768))
@@ -139,16 +139,21 @@ class MiniCPM(Family):
         """The overview between its markers, then the rows of slices, a newline between two."""
         return block_tokens(layout.grid, self.num_queries, self._markers)
 
-    def render(self, turns: Sequence[Turn]) -> tuple[Piece, ...]:
-        """As the template, each image after its number in the conversation."""
-        pieces: list[Piece] = []
+    def pieces(self, turns: Sequence[Turn], layouts: Sequence[ImageLayout]) -> tuple[Piece, ...]:
+        return self.numbered(self.render(turns), layouts)
+
+    def numbered(
+        self, pieces: Sequence[Piece], layouts: Sequence[ImageLayout]
+    ) -> tuple[Piece, ...]:
+        """Each image after its number in the conversation."""
+        found: list[Piece] = []
         seen = 0
-        for piece in super().render(turns):
-            if isinstance(piece, int) and self.image_ids:
-                pieces += [Control("<image_id>"), str(seen), Control("</image_id>")]
+        for piece in pieces:
+            if isinstance(piece, int) and self.image_ids and layouts[piece].sound is None:
+                found += [Control("<image_id>"), str(seen), Control("</image_id>")]
                 seen += 1
-            pieces.append(piece)
-        return tuple(pieces)
+            found.append(piece)
+        return tuple(found)
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,1 @@
+"""Audio encoders and what they hear."""

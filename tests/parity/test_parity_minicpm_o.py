@@ -1,0 +1,130 @@
+"""MiniCPM-o 2.6 gives its official code's ids, logits and greedy tokens, with sound and without.
+
+The official numbers are recorded (`tests/helpers/recorded.py`). CPU, float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import WhisperFeatureExtractor
+
+from pipeline.errors import RowError, UserError
+from pipeline.models.audio.mel import log_mel, mel_filters, num_frames
+from pipeline.models.audio.pieces import pieces
+from pipeline.models.base import Model
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.families.minicpm import spec as minicpm
+from pipeline.models.families.minicpm_o import spec
+from pipeline.models.registry import family_for
+from pipeline.rows import ImageLayout, Turn
+from pipeline.settings import ModelSettings
+from pipeline.tokenizer import Tokenizer
+from tests.helpers.minicpm_checkpoint import write_minicpm_o
+from tests.helpers.parity import Prompt, difference, open_ours, our_logits, our_tokens
+from tests.helpers.recorded import recording
+from tests.parity.minicpm_cases import SOUND_CASES, Case, Picture, Wave, pixels_of, samples_of
+
+RECORDED = recording("minicpm_o")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return write_minicpm_o(tmp_path_factory.mktemp("minicpm_o"))
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> Model:
+    return open_ours(folder, spec.build)
+
+
+def bytes_of(samples: np.ndarray) -> np.ndarray:
+    return samples.view(np.uint8).reshape(-1, 4)
+
+
+def prompt_of(case: Case, folder: Path, family: Any) -> Prompt:
+    turns: list[Turn] = []
+    media: list[np.ndarray] = []
+    layouts: list[ImageLayout] = []
+    for role, parts in case.turns:
+        numbered: list[str | int] = []
+        for part in parts:
+            numbered.append(part if isinstance(part, str) else len(media))
+            if isinstance(part, Picture):
+                media.append(pixels_of(part))
+                layouts.append(family.layout(part.width, part.height))
+            elif isinstance(part, Wave):
+                media.append(bytes_of(samples_of(part)))
+                layouts.append(family.audio_layout(part.num_samples))
+        turns.append(Turn(role, tuple(numbered)))
+    tokenizer = Tokenizer(Checkpoint.open(ModelSettings(id=str(folder))), family.control)
+    tokens, starts = family.tokenize(turns, layouts, tokenizer)
+    return Prompt(tokens, tuple(media), tuple(layouts), starts)
+
+
+@pytest.mark.parametrize("name", SOUND_CASES)
+@torch.inference_mode()
+def test_official_numbers(name: str, folder: Path, ours: Any) -> None:
+    prompt = prompt_of(SOUND_CASES[name], folder, ours.family)
+    assert prompt.tokens.tolist() == RECORDED.facts[name]["ids"]
+    theirs = torch.from_numpy(RECORDED.tensors[name])
+    assert difference(our_logits(ours, prompt)[::21, ::3], theirs) < 1e-4
+    assert our_tokens(ours, prompt, 8) == RECORDED.facts[name]["tokens"]
+
+
+@pytest.mark.parametrize("num_samples", [700, 16_000, 16_001, 479_900, 480_000])
+def test_spectrogram(num_samples: int) -> None:
+    """To 1e-4 in the logarithm's units: the same transform over a shorter run of zeros."""
+    wave = samples_of(Wave(num_samples, 9))
+    official = WhisperFeatureExtractor()
+    expected = official(wave, sampling_rate=16_000, return_tensors="pt")["input_features"][0]
+    frames = num_frames(num_samples)
+    found = log_mel(torch.from_numpy(wave)[None], mel_filters(80), frames)[0]
+    torch.testing.assert_close(found, expected[:, :frames], rtol=0, atol=1e-4)
+
+
+def test_filters() -> None:
+    theirs = torch.from_numpy(WhisperFeatureExtractor().mel_filters.T).float()
+    torch.testing.assert_close(mel_filters(80), theirs, rtol=0, atol=1e-7)
+
+
+@torch.inference_mode()
+def test_a_batch_is_its_sounds(ours: Any) -> None:
+    sizes = [9000, 480_000, 9000, 33_333, 500_000, 481_000, 9000]
+    waves = [torch.from_numpy(samples_of(Wave(n, i))) for i, n in enumerate(sizes)]
+    together = ours.hearing(waves)
+    alone = [ours.hearing([wave]) for wave in waves]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=2e-5)
+
+
+def test_tokens_are_the_pieces(ours: Any) -> None:
+    """The header's count is the sum over pieces, whatever the last one's length."""
+    rng = np.random.default_rng(0)
+    for samples in [*range(479_000, 484_000, 53), *rng.integers(500, 3_000_000, 300).tolist()]:
+        layout = ours.family.audio_layout(samples)
+        assert layout.grid[2] == sum(p.num_tokens for p in pieces([samples], 50, 2))
+        assert len(ours.family.image_tokens(layout)) == layout.num_tokens
+
+
+def test_next_to_no_sound_is_refused(ours: Any) -> None:
+    with pytest.raises(RowError, match="too few") as caught:
+        ours.family.audio_layout(320)
+    assert caught.value.code == "empty_audio"
+
+
+def test_neither_takes_the_other(folder: Path) -> None:
+    config = Checkpoint.open(ModelSettings(id=str(folder))).config
+    assert spec.matches(config)
+    assert not minicpm.matches(config)
+    assert not spec.matches(config | {"version": 4.5})
+
+
+def test_another_template_is_refused(folder: Path) -> None:
+    settings = ModelSettings(id=str(folder), chat_template="minicpmv")
+    with pytest.raises(UserError, match="'minicpmo'"):
+        family_for(Checkpoint.open(settings), settings)
