@@ -78,7 +78,6 @@ FAMILIES = (
         example="openbmb/MiniCPM-o-2_6",
         templates=("minicpmo",),
         weights_gb=17.4,
-        takes=("image", "audio"),
     ),
     Entry(
         name="smolvlm",

@@ -41,7 +41,6 @@ class MiniCPMO(MiniCPM):
 
     name = "minicpm-o"
     templates = ("minicpmo",)
-    takes = frozenset({"image", "audio"})
     template = minicpmo.TEMPLATE
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
