@@ -58,8 +58,8 @@ def rope_and_cache_reference(
     num_kv_heads, _, head_dim = k_cache.shape
     heads = qkv.view(len(qkv), -1, head_dim)
     turned = rotate(heads[:, : num_heads + num_kv_heads], cos, sin)
-    k_cache[:, places] = turned[:, num_heads:].transpose(0, 1)
-    v_cache[:, places] = heads[:, num_heads + num_kv_heads :].transpose(0, 1)
+    k_cache.index_copy_(1, places, turned[:, num_heads:].transpose(0, 1))
+    v_cache.index_copy_(1, places, heads[:, num_heads + num_kv_heads :].transpose(0, 1))
     return turned[:, :num_heads]
 
 

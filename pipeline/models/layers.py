@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.errors import UserError
+from pipeline.kernels.linear import linear
 from pipeline.kernels.quick_gelu import quick_gelu
 from pipeline.kernels.rms_norm import rms_norm
 from pipeline.kernels.swiglu import swiglu
@@ -79,7 +80,7 @@ class Linear:
         return Linear(F.pad(self.weight, (0, extra)) if extra else self.weight, self.bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 @dataclass(slots=True)
