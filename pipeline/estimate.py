@@ -20,7 +20,7 @@ from pipeline.planner import Plan, Planner, PlanStats
 from pipeline.prefetch import ImageLoader
 from pipeline.prepare import Preparer, Unstored
 from pipeline.prompts import prompt_columns
-from pipeline.rows import Answer, Group, Request, Row
+from pipeline.rows import Answer, Group, ImageLayout, Request, Row
 from pipeline.settings import LabelSettings, ModelSettings
 from pipeline.tokenizer import Tokenizer
 
@@ -109,6 +109,7 @@ class Estimate:
     failed: dict[str, int]
     stats: PlanStats
     image_tokens: int
+    video_tokens: int
     output_tokens: int  # at most
     bands: list[Band] = field(default_factory=list)
     memory: Memory | None = None
@@ -128,7 +129,8 @@ class Estimate:
         time = asdict(self.time) | {"hours": self.time.hours} if self.time else None
         bands = [asdict(band) | {"padding_share": band.padding_share} for band in self.bands]
         named = {key: getattr(self, key) for key in ("family", "fused", "rows", "rows_read")}
-        counted = {key: getattr(self, key) for key in ("failed", "image_tokens", "output_tokens")}
+        names = ("failed", "image_tokens", "video_tokens", "output_tokens")
+        counted = {key: getattr(self, key) for key in names}
         return (
             named
             | {"basis": self.basis, **counted, "tokens": stats | shares, "bands": bands}
@@ -150,6 +152,7 @@ class _Work:
     """Sums over the requests read."""
 
     image_tokens: int = 0
+    video_tokens: int = 0
     output_tokens: int = 0
     vision_flops: float = 0.0
     prefill_flops: float = 0.0
@@ -172,7 +175,7 @@ def estimate(
     loader = ImageLoader(settings.input)
     preparer = Preparer(settings, family, Tokenizer(checkpoint), Unstored(), loader.load)
     planner = Planner(settings.engine, shares=family.fused)
-    result = Estimate(family.name, family.fused, total, 0, {}, PlanStats(), 0, 0)
+    result = Estimate(family.name, family.fused, total, 0, {}, PlanStats(), 0, 0, 0)
     work = _Work()
     bands: dict[int, Band] = {}
     read = loader.ahead(islice(rows, max_rows), lambda row: True)
@@ -186,7 +189,8 @@ def estimate(
     if max_rows is None or result.rows_read < min(max_rows, total):
         result.rows = result.rows_read
     result.bands = [bands[key] for key in sorted(bands, reverse=True)]
-    result.image_tokens, result.output_tokens = work.image_tokens, work.output_tokens
+    result.image_tokens, result.video_tokens = work.image_tokens, work.video_tokens
+    result.output_tokens = work.output_tokens
     _add_cost(result, work, family, settings, CARDS[card], price_per_hour)
     return result
 
@@ -245,7 +249,7 @@ def _add_bands(plan: Plan, bands: dict[int, Band]) -> None:
 def _add_work(plan: Plan, sizes: ModelSizes, work: _Work) -> None:
     for item in plan.items:
         for image in item.images:
-            work.vision_flops += _vision_flops(sizes, image.layout.num_tokens)
+            work.vision_flops += _vision_flops(sizes, image.layout)
         if not isinstance(item, Group):
             work.prefill_flops += _prefill_flops(sizes, len(item.tokens), len(item.tokens))
             continue
@@ -253,15 +257,22 @@ def _add_work(plan: Plan, sizes: ModelSizes, work: _Work) -> None:
         work.prefill_flops += _prefill_flops(sizes, item.num_prefill_tokens, longest)
         for request in item.requests:
             new = request.sampling.max_new_tokens
-            work.image_tokens += sum(image.layout.num_tokens for image in request.images)
+            for image in request.images:
+                if image.layout.clip is None:
+                    work.image_tokens += image.layout.num_tokens
+                else:
+                    work.video_tokens += image.layout.num_tokens
             work.output_tokens += new
             work.decode_bytes += new * (request.num_tokens + new / 2) * sizes.kv_values_per_token
             work.longest = max(work.longest, request.num_tokens + new)
 
 
-def _vision_flops(sizes: ModelSizes, num_tokens: int) -> float:
+def _vision_flops(sizes: ModelSizes, layout: ImageLayout) -> float:
+    num_tokens = layout.num_tokens
     patches = num_tokens * sizes.patches_per_token
     run = min(patches, sizes.patches_per_run or patches)
+    if layout.clip is not None:
+        run = min(run, patches // layout.grid[0])  # no frame of a video sees another
     attention = 4 * patches * run * sizes.vision_width * sizes.vision_full_blocks
     return 2 * (sizes.vision_params * patches + sizes.projector_params * num_tokens) + attention
 

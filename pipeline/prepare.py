@@ -70,6 +70,7 @@ class Preparer:
         self._store = store
         self._load = load or (lambda ref: video.load(ref, settings.input))
         self._prober = VideoProber(settings.input)
+        _check_takes(settings, family)
         self._messages = settings.input.messages is not None
         self._texts = {name: PromptText(name, p.text) for name, p in settings.prompts.items()}
         self._schemas = {name: schema_text(name, p) for name, p in settings.prompts.items()}
@@ -200,6 +201,15 @@ class Preparer:
                 f"The prompt's {len(tokens)} tokens and {sampling.max_new_tokens} for the answer"
                 f" exceed the context of {self._context}.",
             )
+
+
+def _check_takes(settings: LabelSettings, family: Family) -> None:
+    column = settings.input.video
+    if column is not None and "video" not in family.takes:
+        raise UserError(
+            f"input.video names the column {column!r}, and {settings.model.id} takes no videos;"
+            " `vlm-batch models` says which families do"
+        )
 
 
 def _row_error(error: Exception) -> RowError:

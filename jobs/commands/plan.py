@@ -31,7 +31,7 @@ def command(
 ) -> None:
     """Dry run of CONFIG: rows, tokens, buckets, padding, reuse, memory, GPU-hours. Writes nothing.
 
-    Reads image headers of the first rows and loads no weights.
+    Reads headers of images and videos of the first rows and loads no weights.
     """
     from pipeline.estimate import estimate
 
@@ -54,6 +54,7 @@ def _lines(result: Estimate) -> str:
         ("basis", result.basis),
         ("prompt tokens", f"{stats.prompt_tokens * scale:,.0f}"),
         ("image tokens", f"{result.image_tokens * scale:,.0f}"),
+        *([("video tokens", f"{result.video_tokens * scale:,.0f}")] if result.video_tokens else []),
         ("answer tokens", f"{result.output_tokens * scale:,.0f} at most"),
         ("prefill tokens", f"{stats.prefill_tokens * scale:,.0f} after reuse"),
         ("prefix reuse", f"{result.shares['prefix_reuse_share']:.1%} of prompt tokens"),

@@ -43,6 +43,7 @@ FAMILIES = (
         example="Qwen/Qwen2.5-VL-7B-Instruct",
         templates=("qwen2-vl",),
         weights_gb=16.6,
+        takes=("image", "video"),
     ),
     Entry(
         name="gemma3",
