@@ -67,6 +67,13 @@ FAMILIES = (
         weights_gb=55.0,
     ),
     Entry(
+        name="kimi-vl",
+        spec="pipeline.models.families.kimi_vl.spec",
+        example="moonshotai/Kimi-VL-A3B-Instruct",
+        templates=("kimi-vl",),
+        weights_gb=32.8,
+    ),
+    Entry(
         name="minicpm-v",
         spec="pipeline.models.families.minicpm.spec",
         example="openbmb/MiniCPM-V-2_6",

@@ -1,7 +1,8 @@
 """A checkpoint's tokenizer as the text of a tokenizer.json, whatever file it ships.
 
-tokenizer.json itself comes first; then SentencePiece's tokenizer.model, Mistral's tekken.json, and
-vocab.json with merges.txt. Knows no template and no family. Imports neither torch nor transformers.
+tokenizer.json itself comes first; then SentencePiece's tokenizer.model, Mistral's tekken.json,
+Moonshot's tiktoken.model, and vocab.json with merges.txt. Knows no template and no family. Imports
+neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from pipeline.vocabularies.byte_level import from_merges
 from pipeline.vocabularies.entries import added_token
 from pipeline.vocabularies.sentencepiece import from_model
 from pipeline.vocabularies.tekken import from_tekken
+from pipeline.vocabularies.tiktoken import from_tiktoken
 
 Reader = Callable[[Path], dict[str, Any]]
 _READERS: dict[str, Reader] = {
     "tokenizer.model": from_model,
     "tekken.json": from_tekken,
+    "tiktoken.model": from_tiktoken,
     "merges.txt": from_merges,
 }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.attention import AttentionPlan, plan_attention, varlen_attention
+from pipeline.kernels.rope import rotate
 from pipeline.models.layers import MLP, LayerNorm, Linear
 from pipeline.models.loading import Weights
 
@@ -103,27 +104,34 @@ def _take_block(weights: Weights, name: str, c: VitConfig, names: BlockNames) ->
 
 
 class Blocks:
-    """Packed tokens [T, C] through `depth` blocks; the checkpoint's later blocks are left out."""
+    """Packed tokens [T, C] through `depth` blocks; with `more` a checkpoint may hold later ones."""
 
     def __init__(
-        self, weights: Weights, config: VitConfig, name: str, names: BlockNames = HF_BLOCKS
-    ) -> None:
+        self, weights: Weights, config: VitConfig, name: str, names: BlockNames = HF_BLOCKS,
+        more: bool = True,
+    ) -> None:  # fmt: skip
         self.config = config
         stem = f"{name}.{names.blocks}"
         self.blocks = [
             _take_block(weights, f"{stem}.{i}", config, names) for i in range(config.depth)
         ]
         extra = config.depth
-        while weights.drop_all(f"{stem}.{extra}."):
+        while more and weights.drop_all(f"{stem}.{extra}."):
             extra += 1
 
-    def __call__(self, x: Tensor, plan: AttentionPlan, norm: LayerNorm | None = None) -> Tensor:
-        """Return the last block's output, through `norm` where one is given."""
+    def __call__(
+        self, x: Tensor, plan: AttentionPlan, norm: LayerNorm | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the last block's output, through `norm` where one is given.
+
+        `angles` are the cosines and sines [T, D/2] that rotate queries and keys.
+        """
         if not self.blocks:
             return x if norm is None else norm(x)[0]
         normed, x = self.blocks[0].norm1(x)
         for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
-            normed, x = block.norm2(block.out(self._attend(block, normed, plan)), x)
+            normed, x = block.norm2(block.out(self._attend(block, normed, plan, angles)), x)
             out = block.mlp(normed)
             after = norm if following is None else following.norm1
             if after is None:
@@ -131,9 +139,13 @@ class Blocks:
             normed, x = after(out, x)
         return normed
 
-    def _attend(self, block: Block, x: Tensor, plan: AttentionPlan) -> Tensor:
+    def _attend(
+        self, block: Block, x: Tensor, plan: AttentionPlan, angles: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         heads = self.config.heads
         q, k, v = block.qkv(x).view(len(x), 3, heads, -1).unbind(1)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
         return varlen_attention(q, k, v, plan, q.shape[-1] ** -0.5).flatten(1)
 
 
