@@ -54,9 +54,11 @@ class Tokenizer:
         self._text = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._text.encode_special_tokens = True
         self._continued = self._text
+        self.prefix: int | None = None  # id of the blank that is set before a text
         if (without := _without_prefix(spec)) is not None:
             self._continued = tokenizers.Tokenizer.from_str(json.dumps(without))
             self._continued.encode_special_tokens = True
+            self.prefix = self._full.token_to_id("▁")
         self._cached.cache_clear()
 
     @property

@@ -6,7 +6,6 @@ lies in a folder of its own; the others are safetensors with the tower inside. F
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.vocabularies.entries import added_token
 from tests.helpers.checkpoints import Shapes, random_tensors, write_json, write_weights
 from tests.helpers.sentencepiece_model import LLAMA, YI, model_bytes
 from tests.helpers.tiny_tokenizer import special_ids, tokenizer_json
@@ -72,7 +72,7 @@ def write_original(folder: Path, kind: str, seed: int = 0) -> Path:
     k = KINDS[kind]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", _original_config(k))
-    _write_tokenizer(folder, k)
+    write_tokenizer(folder, kind)
     tensors = random_tensors(_shapes(k), seed)
     tower = folder / f"{k.tower}-tiny"
     tower.mkdir(exist_ok=True)
@@ -96,7 +96,7 @@ def write_twin(folder: Path, kind: str, seed: int = 0) -> Path:
     k = KINDS[kind]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", _twin_config(k))
-    _write_tokenizer(folder, k)
+    write_tokenizer(folder, kind)
     write_json(folder / "preprocessor_config.json", _processor(k))
     tensors = random_tensors(_shapes(k), seed)
     last = f"vision_tower.encoder.layers.{k.blocks - 1}."
@@ -313,17 +313,23 @@ def _write_bins(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     torch.save({}, folder / "mm_projector.bin")
 
 
-def _write_tokenizer(folder: Path, k: Kind) -> None:
-    if k.tokens in ("llama", "yi"):
-        special = LLAMA if k.tokens == "llama" else YI
-        (folder / "tokenizer.model").write_bytes(model_bytes(special))
-        legacy = {"tokenizer_class": "LlamaTokenizer", "legacy": k.decoder == "mistral"}
-        write_json(folder / "tokenizer_config.json", legacy)
+def write_tokenizer(folder: Path, kind: str) -> None:
+    """tokenizer.model or tokenizer.json, and tokenizer_config.json."""
+    k = KINDS[kind]
+    if k.tokens not in ("llama", "yi"):
+        text = tokenizer_json() if k.tokens == "qwen" else tokenizer_json(LLAMA_3_SPECIAL)
+        (folder / "tokenizer.json").write_text(text, "utf-8")
         return
-    text = tokenizer_json() if k.tokens == "qwen" else tokenizer_json(LLAMA_3_SPECIAL)
-    (folder / "tokenizer.json").write_text(text, "utf-8")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return found
+    yi = k.tokens == "yi"
+    (folder / "tokenizer.model").write_bytes(model_bytes(YI if yi else LLAMA))
+    config: dict[str, Any] = {
+        "add_bos_token": not yi,
+        "add_eos_token": False,
+        "legacy": k.decoder == "mistral",
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    if yi:
+        config |= {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>"}
+        entries = {str(i): added_token(i, token) for i, (token, _) in enumerate(YI)}
+        config["added_tokens_decoder"] = entries
+    write_json(folder / "tokenizer_config.json", config)

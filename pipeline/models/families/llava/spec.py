@@ -64,6 +64,7 @@ class Llava(Family):
         self.sizes = _sizes(config)
         tokenizer = checkpoint.json("tokenizer_config.json") or {}
         self.legacy_blanks = tokenizer.get("legacy") in (None, True)
+        self.named_tokens = _named_tokens(tokenizer)
         self._read_processor(checkpoint.preprocessor_config)
 
     def _read_processor(self, processor: Mapping[str, Any]) -> None:
@@ -110,11 +111,7 @@ class Llava(Family):
     def tokenize(
         self, turns: Sequence[Turn], layouts: Sequence[ImageLayout], tokenizer: Tokenizer
     ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """As the original code: text is cut at the images and each part tokenized by itself.
-
-        A SentencePiece tokenizer sets a blank before each part; where it is a legacy one, after a
-        control token too.
-        """
+        """As the original code: text is cut at the images and each part tokenized by itself."""
         chunks: list[np.ndarray] = [np.zeros(0, np.int32)]
         starts: list[int] = []
         begun = False  # the part has something before this piece
@@ -123,12 +120,29 @@ class Llava(Family):
                 starts.append(sum(map(len, chunks)))
                 chunks.append(self.image_tokens(layouts[piece]))
                 begun = False
-                continue
-            control = isinstance(piece, Control)
-            continued = begun and not self.legacy_blanks
-            chunks.append(tokenizer.ids(piece, special=control, continued=continued))
-            begun = begun or piece != self.template.start
+            else:
+                chunks.append(self._ids(piece, begun, tokenizer))
+                begun = begun or piece != self.template.start
         return np.concatenate(chunks), tuple(starts)
+
+    def _ids(self, piece: str, begun: bool, tokenizer: Tokenizer) -> np.ndarray:
+        """A SentencePiece tokenizer sets a blank before each part, even before a control token
+        that its config does not name; a legacy one sets it after each control token.
+        """
+        control = isinstance(piece, Control)
+        ids = tokenizer.ids(piece, control, continued=begun and not self.legacy_blanks)
+        bare = control and not begun and piece not in (self.template.start, *self.named_tokens)
+        if bare and not self.legacy_blanks and tokenizer.prefix is not None:
+            return np.concatenate([np.array([tokenizer.prefix], np.int32), ids])
+        return ids
+
+
+def _named_tokens(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The special tokens that tokenizer_config.json gives a role."""
+    listed = list(config.get("additional_special_tokens") or ())
+    listed += [value for key, value in config.items() if key.endswith("_token") and value]
+    names = [entry.get("content") if isinstance(entry, dict) else entry for entry in listed]
+    return tuple(name for name in names if isinstance(name, str))
 
 
 def template_of(config: LlavaConfig, checkpoint: Checkpoint) -> Template:
