@@ -18,6 +18,7 @@ from jobs.manifest import Manifest, check_same_job, open_manifest, read_manifest
 from jobs.paths import RunPaths
 from jobs.plan import Plan, grow_plan
 from jobs.table import output_schema
+from jobs.versions import at_version
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.prompts import prompt_columns
 from pipeline.sources import open_source
@@ -77,12 +78,15 @@ class Job:
     schema: pa.Schema
 
     @classmethod
-    def open(cls, config: JobConfig, *, changed: str = "refuse") -> Job:
+    def open(cls, config: JobConfig, *, changed: str = "refuse", new_version: bool = False) -> Job:
         """Make or join the run folder, and plan the rows that no shard holds yet.
 
+        `new_version`: where the folder holds answers of other settings, work beside them.
         Raises: UserError.
         """
         inputs = Inputs.open(config)
+        if new_version:
+            config = at_version(config, inputs.fingerprint)
         paths = RunPaths(config.output.path)
         paths.storage.check_writable()
         manifest = open_manifest(

@@ -140,7 +140,8 @@ def check_same_job(
     more = f" and {len(fields) - 3} more" if len(fields) > 3 else ""
     raise UserError(
         f"{paths.root} holds answers of other settings: {', '.join(told)}{more}. Put the old "
-        "settings back, or choose another output.path."
+        "settings back, choose another output.path, or run with --new-version to answer beside "
+        "them."
     )
 
 

@@ -31,6 +31,8 @@ class Options:
     changed: str = "refuse"
     stop_after_sec: float | None = None
     watchdog_sec: float | None = None  # None: as the config says
+    new_version: bool = False
+    idle_code: int = EXIT_OK  # where no row was left to do
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Outcome:
     code: int
     message: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
+    path: str = ""  # of the run folder
 
 
 def run_job(config: JobConfig, options: Options) -> Outcome:
@@ -47,11 +50,12 @@ def run_job(config: JobConfig, options: Options) -> Outcome:
     stop = StopRequest().install()
     timer = _start_timer(stop, options.stop_after_sec)
     try:
-        job = Job.open(config, changed=options.changed)
+        job = Job.open(config, changed=options.changed, new_version=options.new_version)
         left = job.num_rows_left()
         if not left:
             tidy(job.paths, job.plan)
-            return Outcome(EXIT_OK, "nothing to do: every row has its state", {"rows": 0})
+            told = "nothing to do: every row has its state"
+            return Outcome(options.idle_code, told, {"rows": 0}, job.paths.root)
         progress = Progress(job.plan.num_rows, job.plan.num_rows - left)
         Events(job.paths).write("start", rows_left=left)
         stop.before_hard_exit(lambda: progress.note(_stopped(stop)))
@@ -59,6 +63,7 @@ def run_job(config: JobConfig, options: Options) -> Outcome:
             outcome = _run(job, options, stop, progress)
         finally:
             progress.close()
+        outcome.path = job.paths.root
         outcome.summary = progress.summary() | outcome.summary
         Events(job.paths).write("end", code=outcome.code, **outcome.summary)
         return outcome

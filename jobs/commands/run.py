@@ -20,6 +20,19 @@ from jobs.commands.common import config_options, emit, json_option, read_config,
     show_default=True,
     help="What to do about input files that changed since they were planned.",
 )
+@click.option(
+    "--new-version",
+    is_flag=True,
+    help="Where output.path holds answers of other settings, work in output.path/v2, v3 …",
+)
+@click.option(
+    "--idle-code",
+    type=click.IntRange(0, 255),
+    default=0,
+    show_default=True,
+    metavar="CODE",
+    help="Exit code where no row was left to do.",
+)
 @click.option("--stop-after", type=float, metavar="SEC", help="Stop early, as on a signal.")
 @click.option("--watchdog", type=float, metavar="SEC", help="Restart a worker silent for as long.")
 @json_option
@@ -28,6 +41,8 @@ def command(
     sets: tuple[str, ...],
     workers: int | None,
     changed: str,
+    new_version: bool,
+    idle_code: int,
     stop_after: float | None,
     watchdog: float | None,
     as_json: bool,
@@ -43,11 +58,11 @@ def command(
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     job_config = read_config(config, sets, **short)
-    options = Options(workers, changed, stop_after, watchdog)
+    options = Options(workers, changed, stop_after, watchdog, new_version, idle_code)
     outcome = run_job(job_config, options)
     if outcome.message:
         say(outcome.message)
-    status = read_status(job_config.output.path)
+    status = read_status(outcome.path)
     result: dict[str, Any] = {"exit_code": outcome.code, "run": outcome.summary, "status": status}
     emit(result, brief(status), as_json)
     return outcome.code

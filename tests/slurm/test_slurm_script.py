@@ -1,4 +1,4 @@
-"""The batch script as text: what it says, what it refuses, nasty names; and the schedules."""
+"""The batch script as text: what it says, what it refuses, nasty names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from jobs.schedule import units
 from jobs.slurm import Submission, array_sizes, check_options, finish_script, script
 from pipeline.errors import UserError
 from tests.helpers.job_folder import make_job
@@ -97,20 +96,3 @@ def test_without_slurm_submit_is_a_mistake(tmp_path: Path) -> None:
     done = job.call("submit", str(job.config), env={"PATH": "/nowhere"})
     assert done.returncode == 2
     assert "no sbatch" in done.stderr
-
-
-@pytest.mark.parametrize(("every", "cron"), [("15min", "*/15 * * * *"), ("6h", "0 */6 * * *")])
-def test_schedules(every: str, cron: str, tmp_path: Path) -> None:
-    config, log = tmp_path / "a b.yaml", tmp_path / "100%.log"
-    line = units(config, "cron", every, log).splitlines()[1]
-    assert line.startswith(f"{cron} cd ")
-    assert "100\\%.log" in line
-    assert f"{cron} " in units(config, "scrontab", every, log, ("--mem=1G",))
-    systemd = units(config, "systemd", every, log)
-    assert f"OnUnitActiveSec={every}" in systemd
-    assert "SuccessExitStatus=75" in systemd
-
-
-def test_a_schedule_that_cron_cannot_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="divide an hour"):
-        units(tmp_path / "a.yaml", "cron", "7min", tmp_path / "log")
