@@ -20,6 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from tests.helpers.fork_server import ForkedProcess
+
+AnyProcess = ForkedProcess | subprocess.Popen[str]
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = f"{ROOT / 'tests/helpers/fake_labeller.py'}:FakeLabeller"
 
@@ -33,16 +36,20 @@ class JobFolder:
     config: Path
     out: Path
     env: dict[str, str] = field(default_factory=dict)
+    spawns: bool = False  # an interpreter of its own for every process, three times as slow
 
     @property
     def log(self) -> Path:
         return self.folder / "answers.log"
 
-    def start(self, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    def start(self, *args: str, env: dict[str, str] | None = None) -> AnyProcess:
+        environment = self._environment() | (env or {})
+        if not self.spawns:
+            return ForkedProcess(args, self.folder, environment)
         return subprocess.Popen(
             [sys.executable, "-m", "jobs.cli", *args],
             cwd=self.folder,
-            env=self._environment() | (env or {}),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -58,12 +65,13 @@ class JobFolder:
         except subprocess.TimeoutExpired:
             process.kill()
             raise
+        assert process.returncode is not None
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     def run(self, *args: str, **how: Any) -> subprocess.CompletedProcess[str]:
         return self.call("run", str(self.config), *args, **how)
 
-    def start_run(self, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    def start_run(self, *args: str, env: dict[str, str] | None = None) -> AnyProcess:
         return self.start("run", str(self.config), *args, env=env)
 
     def _environment(self) -> dict[str, str]:
@@ -146,10 +154,11 @@ def make_job(
     return JobFolder(folder, num_rows, path, out)
 
 
-def end(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> int:
+def end(process: AnyProcess, number: int = signal.SIGKILL) -> int:
     """Signal a process and wait for its end."""
     process.send_signal(number)
     process.communicate(timeout=30)
+    assert process.returncode is not None
     return process.returncode
 
 
