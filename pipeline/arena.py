@@ -17,6 +17,7 @@ from pipeline.engine.extents import Extent, ExtentPool
 from pipeline.scratch import ScratchFile
 
 ALIGN = 4096
+_Told = Callable[[], None]
 
 
 class Block:
@@ -38,19 +39,20 @@ class Block:
 class Room:
     """`[start, start + size)` of a block, until `release`."""
 
-    def __init__(self, block: Block, start: int, give: Callable[[], None]) -> None:
+    def __init__(self, block: Block, start: int, give: Callable[[_Told], None]) -> None:
         self.block = block
         self.start = start
-        self._give: Callable[[], None] | None = give
+        self._give: Callable[[_Told], None] | None = give
 
     def array(self, shape: tuple[int, ...], place: int) -> np.ndarray:
         """A view on the memory, valid until `release`."""
         return np.ndarray(shape, np.uint8, self.block.memory, place)
 
-    def release(self) -> None:
+    def release(self, told: _Told = lambda: None) -> None:
+        """Give the memory back; `told` is called before anybody who waits looks again."""
         give, self._give = self._give, None
         if give is not None:
-            give()
+            give(told)
 
 
 class Arena:
@@ -102,16 +104,21 @@ class Arena:
             if self.num_used:
                 return None
             block = Block(num_bytes)
-            return Room(block, 0, lambda: self._returned(num_bytes, block=block))
+            return Room(block, 0, lambda told: self._returned(num_bytes, told, block=block))
         if self.num_used > self.size:  # a larger block is out
             return None
         extent = self._pool.take(num_bytes)
         if extent is None:
             return None
-        return Room(self._block, extent.start, lambda: self._returned(num_bytes, extent=extent))
+        start = extent.start
+        return Room(self._block, start, lambda told: self._returned(num_bytes, told, extent=extent))
 
     def _returned(
-        self, num_bytes: int, block: Block | None = None, extent: Extent | None = None
+        self,
+        num_bytes: int,
+        told: _Told,
+        block: Block | None = None,
+        extent: Extent | None = None,
     ) -> None:
         if block is not None:
             block.close()
@@ -119,4 +126,5 @@ class Arena:
             if extent is not None:
                 self._pool.give(extent)
             self.num_used -= num_bytes
+            told()
             self._changed.notify_all()

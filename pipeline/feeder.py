@@ -68,11 +68,7 @@ class _Pending:
             for task, error in zip(self.tasks, self.errors, strict=True)
         )
 
-        def release() -> None:
-            released()
-            room.release()
-
-        return Fed(self.item, images, release)
+        return Fed(self.item, images, lambda: room.release(released))
 
 
 class Feeder:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline import decode_pool, helper_process
+from pipeline.arena import Arena
 from pipeline.errors import EngineError, RowError
 from pipeline.feeder import END, MAX_ITEMS_AHEAD, Fed, Feed, Feeder
 from pipeline.images import decode
@@ -146,6 +147,27 @@ def test_an_item_larger_than_the_memory_goes_alone(spool: Spool) -> None:
     assert all(np.array_equal(a, decode(jpeg(seed=n), PIXELS)) for n, a in enumerate(found[1][1]))
 
 
+def test_a_release_beside_a_full_memory_is_not_missed(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room comes back between the producer's look at the memory and its word that it is full."""
+    plain = Arena._try
+
+    def slow_to_tell(arena: Arena, num_bytes: int) -> Any:
+        room = plain(arena, num_bytes)
+        if room is None:
+            time.sleep(0.2)
+        return room
+
+    monkeypatch.setattr(Arena, "_try", slow_to_tell)
+    with Feeder(1, PAGES, PIXELS, resize=False) as feeder:
+        feed = feeder.feed(pictures(spool, 3))
+        first = take(feed)
+        time.sleep(0.05)
+        first.release()
+        assert len(drain(feed)) == 2
+
+
 def test_items_are_walked_lazily(spool: Spool) -> None:
     walked = 0
 
@@ -187,7 +209,8 @@ def test_a_spool_that_is_gone_ends_the_attempt(spool: Spool) -> None:
 
 def test_killed_workers_are_replaced_and_no_item_is_lost(spool: Spool, fragile: None) -> None:
     items = pictures(spool, 60, SLOW)
-    with Feeder(2, BYTES, PIXELS, resize=False) as feeder:
+    # NOTE: eight pictures ahead and no more, so that there is work left whenever a worker dies.
+    with Feeder(2, 8 * PAGES, PIXELS, resize=False) as feeder:
         assert feeder.pool is not None
         feed = feeder.feed(items)
         found = []
@@ -278,7 +301,7 @@ def test_one_feed_after_the_other_and_a_close_in_the_middle(spool: Spool, fragil
 
 
 def test_close_ends_processes_threads_and_memory(spool: Spool) -> None:
-    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     feeder = Feeder(2, BYTES, PIXELS, resize=False)
     assert feeder.pool is not None
     pids = feeder.pool.pids
@@ -291,7 +314,9 @@ def test_close_ends_processes_threads_and_memory(spool: Spool) -> None:
     del image, fed, feed, feeder
     gc.collect()
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
-    assert threading.active_count() == threads
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(10)
+        assert not thread.is_alive(), thread
     assert len(os.listdir("/proc/self/fd")) <= files + 1  # the spool's file
 
 
