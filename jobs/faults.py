@@ -1,8 +1,9 @@
 """Named points where a crash test makes this process die or an operation fail.
 
 A point does nothing unless `VLM_BATCH_FAULT` names it: `point:action[:hit]`, several separated by
-commas; `hit` is the first passage that triggers (1 by default). Knows nothing of what the
-points do, and is no part of any decision in a real run.
+commas; `hit` is the first passage that triggers (1 by default). What triggers is first noted in the
+file of `VLM_BATCH_FAULT_LOG`, so that a test counts what happened and not what it asked for. Knows
+nothing of what the points do, and is no part of any decision in a real run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 ENV = "VLM_BATCH_FAULT"
+LOG_ENV = "VLM_BATCH_FAULT_LOG"
 
 POINTS = MappingProxyType(
     {
@@ -90,6 +92,7 @@ def fault(point: str) -> str | None:
     _hits[point] = _hits.get(point, 0) + 1
     if _hits[point] != found.hit and not (found.always and _hits[point] > found.hit):
         return None
+    _note(point, found.action)
     return _act(point, found.action)
 
 
@@ -117,6 +120,12 @@ def _parse(text: str) -> tuple[str, _Fault]:
         raise ValueError(f"{ENV}: unknown point {point!r}")
     hit = rest[0] if rest else "1"
     return point, _Fault(action, int(hit.rstrip("+")), hit.endswith("+"))
+
+
+def _note(point: str, action: str) -> None:
+    if path := os.environ.get(LOG_ENV):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{action} {point} {os.getpid()}\n")
 
 
 def _act(point: str, action: str) -> str | None:

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.crash_summary import (  # noqa: F401 - hooks
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+)
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # NOTE: read by torch, tokenizers and huggingface_hub when they are first imported.

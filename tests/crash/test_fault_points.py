@@ -13,12 +13,12 @@ import pytest
 
 from jobs.faults import POINTS
 from tests.helpers.job_folder import JobFolder, as_json, end, make_input, make_job
+from tests.helpers.tally import Tally
 
 NUM_ROWS = 24
 JOB = {"num_rows": NUM_ROWS, "rows_per_shard": 6, "files": 2}
 FIRST_RUN = ("plan.", "manifest.")  # passed only where there is no run folder yet
 REDO = ("commit.before_replace", "commit.after_replace")  # passed only by redone shards
-SIGNALLED = {"kill": -signal.SIGKILL, "torn": -signal.SIGKILL}
 SLOW = {"FAKE_DELAY_SEC": "0.05"}  # long enough for a heartbeat
 
 
@@ -59,14 +59,17 @@ def _env(point: str, action: str, hit: str = "1") -> dict[str, str]:
     return env | (SLOW if point == "lease.heartbeat" else {})
 
 
-def _finish(job: JobFolder, point: str) -> None:
+def _finish(job: JobFolder, point: str, tally: Tally) -> int:
+    """One plain run, and all is well; returns how many faults there were before it."""
+    count = tally.from_log(job)
     done = job.run(*_args(point))
     assert done.returncode == 0, done.stderr
-    assert job.content() == _expected(point in REDO)
+    tally.check_rows(job.content(), _expected(point in REDO))
     verified = job.call("verify", str(job.out))
     assert verified.returncode == 0, verified.stdout + verified.stderr
     leftovers = [p for name in ("tmp", "journal", "leases") for p in (job.out / name).rglob("*")]
     assert not leftovers
+    return count
 
 
 def _regenerated(job: JobFolder) -> int:
@@ -74,52 +77,52 @@ def _regenerated(job: JobFolder) -> int:
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_kill(tmp_path: Path, point: str) -> None:
+def test_kill(tmp_path: Path, tally: Tally, point: str) -> None:
     job = _prepare(tmp_path, point)
     ended = job.run(*_args(point), env=_env(point, "kill"))
     assert ended.returncode == -signal.SIGKILL, f"{point} was not passed: {ended.stderr}"
-    _finish(job, point)
+    assert _finish(job, point, tally) == 1
     assert _regenerated(job) <= (2 if point not in REDO else 2 * NUM_ROWS)
 
 
 @pytest.mark.crash
 @pytest.mark.parametrize("hit", ["2", "3", "5"])
 @pytest.mark.parametrize("point", POINTS)
-def test_kill_at_a_later_passage(tmp_path: Path, point: str, hit: str) -> None:
+def test_kill_at_a_later_passage(tmp_path: Path, tally: Tally, point: str, hit: str) -> None:
     job = _prepare(tmp_path, point)
     ended = job.run(*_args(point), env=_env(point, "kill", hit))
     assert ended.returncode in (0, -signal.SIGKILL), ended.stderr
-    _finish(job, point)
+    _finish(job, point, tally)
 
 
-def test_torn_record(tmp_path: Path) -> None:
+def test_torn_record(tmp_path: Path, tally: Tally) -> None:
     job = _prepare(tmp_path, "journal.append")
     ended = job.run(env=_env("journal.append", "torn", "4"))
     assert ended.returncode == -signal.SIGKILL
-    _finish(job, "journal.append")
+    _finish(job, "journal.append", tally)
     assert _regenerated(job) <= 2
 
 
 @pytest.mark.parametrize("point", ["journal.append", "journal.sync", "commit.before_write"])
-def test_full_disk_is_one_sentence(tmp_path: Path, point: str) -> None:
+def test_full_disk_is_one_sentence(tmp_path: Path, tally: Tally, point: str) -> None:
     job = _prepare(tmp_path, point)
     ended = job.run(env=_env(point, "enospc", "2+"))
     assert ended.returncode == 1
     assert "No space left" in ended.stderr
     assert "Traceback" not in ended.stderr
-    _finish(job, point)
+    _finish(job, point, tally)
 
 
 @pytest.mark.crash
 @pytest.mark.parametrize("action", ["enospc", "eio", "erofs", "edquot", "estale", "term"])
 @pytest.mark.parametrize("hit", ["1", "2", "1+"])
 @pytest.mark.parametrize("point", POINTS)
-def test_failing_storage(tmp_path: Path, point: str, action: str, hit: str) -> None:
+def test_failing_storage(tmp_path: Path, tally: Tally, point: str, action: str, hit: str) -> None:
     job = _prepare(tmp_path, point)
     ended = job.run(*_args(point), env=_env(point, action, hit))
     assert ended.returncode in (0, 1, 2, 75), ended.stderr
     assert "Traceback" not in ended.stderr, ended.stderr
-    _finish(job, point)
+    _finish(job, point, tally)
 
 
 def _wait_until_stopped(pid: int) -> None:
@@ -129,7 +132,7 @@ def _wait_until_stopped(pid: int) -> None:
         time.sleep(0.02)
 
 
-def _stop_past_lease_and_wake(tmp_path: Path, point: str) -> None:
+def _stop_past_lease_and_wake(tmp_path: Path, point: str, tally: Tally) -> None:
     job = _prepare(tmp_path, point)
     first = job.start_run(*_args(point), env=_env(point, "stop"))
     _wait_until_stopped(first.pid)
@@ -139,18 +142,18 @@ def _stop_past_lease_and_wake(tmp_path: Path, point: str) -> None:
     code = end(first, signal.SIGCONT)
     assert code == 0
     assert [(part.name, part.read_bytes()) for part in job.parts()] == before
-    _finish(job, point)
+    _finish(job, point, tally)
 
 
-def test_stopped_past_its_lease_and_woken(tmp_path: Path) -> None:
+def test_stopped_past_its_lease_and_woken(tmp_path: Path, tally: Tally) -> None:
     """The late commit loses: the parts are the other process's, byte for byte."""
-    _stop_past_lease_and_wake(tmp_path, "commit.before_link")
+    _stop_past_lease_and_wake(tmp_path, "commit.before_link", tally)
 
 
 @pytest.mark.crash
 @pytest.mark.parametrize("point", [p for p in POINTS if p != "lease.before_acquire"])
-def test_stopped_at_every_step(tmp_path: Path, point: str) -> None:
-    _stop_past_lease_and_wake(tmp_path, point)
+def test_stopped_at_every_step(tmp_path: Path, tally: Tally, point: str) -> None:
+    _stop_past_lease_and_wake(tmp_path, point, tally)
 
 
 def test_status_works_beside_a_dead_worker(tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ class JobFolder:
     def log(self) -> Path:
         return self.folder / "answers.log"
 
+    @property
+    def fault_log(self) -> Path:
+        return self.folder / "faults.log"
+
     def start(self, *args: str, env: dict[str, str] | None = None) -> AnyProcess:
         environment = self._environment() | (env or {})
         if not self.spawns:
@@ -80,6 +84,7 @@ class JobFolder:
             "PYTHONPATH": str(ROOT),
             "VLM_BATCH_LABELLER": FAKE,
             "FAKE_LOG": str(self.log),
+            "VLM_BATCH_FAULT_LOG": str(self.fault_log),
             **self.env,
         }
 

@@ -58,6 +58,14 @@ def test_signals_and_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert faults.fault("storage.read") == "torn"
 
 
+def test_what_triggers_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(faults.ENV, "storage.read:sleep=0:2")
+    monkeypatch.setenv(faults.LOG_ENV, str(tmp_path / "log"))
+    for _ in range(3):
+        faults.fault("storage.read")
+    assert (tmp_path / "log").read_text() == f"sleep=0 storage.read {os.getpid()}\n"
+
+
 def test_a_kill_is_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(faults.ENV, "storage.read:kill")
     pid = os.fork()
