@@ -110,7 +110,7 @@ def finish_redo(paths: RunPaths, shard: str, revision: int) -> bool:
         return False
     try:
         won = json.loads(paths.storage.read(paths.redo(shard, revision)))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a damaged one: `verify` looks at the part itself
         return False
     private = Path(paths.url(won["private"]))
     return private.exists() and paths.storage.publish_replace(private, paths.part(shard))

@@ -39,7 +39,7 @@ class JournalState:
     made_by: dict[AnswerKey, str] = field(default_factory=dict)  # attempt of each answer
     attempts: list[str] = field(default_factory=list)  # that left a journal, oldest name first
     notes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (attempt, note)
-    num_torn: int = 0  # journals whose tail was cut
+    torn: list[str] = field(default_factory=list)  # files that do not hold to their end
 
 
 class JournalWriter:
@@ -238,19 +238,23 @@ def read_journals(paths: RunPaths, shard: str, fingerprint: str, revision: int =
     """What all attempts at a shard have left; journals of another fingerprint are passed over.
 
     Two attempts may have answered the same prompt: the earlier name's answer counts, but a failed
-    one gives way to one that is not.
+    one gives way to one that is not. An attempt that notes `void` has answered rows of an input
+    that was changed under it: its answers count for nothing.
     """
     state = JournalState()
     folder = paths.journal_folder(shard)
     for attempt, names in _by_attempt(paths.storage.names(folder)):
         state.attempts.append(attempt)
         records, torn = _read_attempt(paths, folder, names)
-        state.num_torn += torn
+        if torn is not None:
+            state.torn.append(torn)
         head = records[0] if records else {}
         if not _belongs(head, shard, fingerprint, revision):
             continue
+        is_void = any(record.get("void") for record in records)
         for record in records:
-            _apply(state, attempt, record)
+            if record["kind"] != "answer" or not is_void:
+                _apply(state, attempt, record)
     return state
 
 
@@ -312,20 +316,21 @@ def _by_attempt(names: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 def _read_attempt(
     paths: RunPaths, folder: str, names: Sequence[str]
-) -> tuple[list[dict[str, Any]], bool]:
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The records up to the first that does not hold, and the file where that was."""
     records: list[dict[str, Any]] = []
     for name in names:
         fault("journal.read")
         try:
             data = paths.storage.read(f"{folder}/{name}")
         except FileNotFoundError:  # the shard is committed, its journals are going
-            return records, False
+            return records, None
         for record in read_records(data):
             if record["kind"] == "torn":
                 log.info("%s/%s: tail cut at byte %d", folder, name, record["at"])
-                return records, True
+                return records, f"{folder}/{name}"
             records.append(record)
-    return records, False
+    return records, None
 
 
 def _belongs(head: dict[str, Any], shard: str, fingerprint: str, revision: int) -> bool:

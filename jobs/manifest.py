@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jobs.config import JobConfig, config_from_values
+from jobs.damage import RESTORE, FileDamaged
 from jobs.faults import fault
 from jobs.fingerprint import Fingerprint, difference
 from jobs.paths import RunPaths
@@ -106,9 +107,7 @@ def read_manifest(paths: RunPaths) -> Manifest | None:
         if data != _encode(manifest):
             raise ValueError("its digest does not hold")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{where} is damaged: restore it from a backup, or start a new run folder."
-        ) from error
+        raise FileDamaged(where, "is damaged", RESTORE) from error
     return manifest
 
 

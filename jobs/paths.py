@@ -95,4 +95,5 @@ def part_shard(name: str) -> str | None:
     if not (stem.startswith(SHARD_PREFIX) and stem.endswith(PART_SUFFIX)):
         return None
     stem = stem.removesuffix(PART_SUFFIX)
-    return stem if stem.removeprefix(SHARD_PREFIX).isdigit() else None
+    digits = stem.removeprefix(SHARD_PREFIX)
+    return stem if digits.isdecimal() and shard_id(int(digits)) == stem else None

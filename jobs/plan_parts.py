@@ -11,16 +11,16 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jobs.damage import RESTORE, FileDamaged
 from jobs.faults import fault
 from jobs.paths import RunPaths
 from jobs.storage import StorageError
-from pipeline.errors import UserError
 
 _PART = re.compile(r"part-(\d+)\.jsonl")
 
 
 def read_parts(paths: RunPaths) -> Iterator[list[dict[str, Any]]]:
-    """The records of each part, in order. Raises: UserError when one is lost or damaged."""
+    """The records of each part, in order. Raises: FileDamaged when one is lost or damaged."""
     for number in _part_numbers(paths):
         yield _read_part(paths, number)
 
@@ -29,10 +29,8 @@ def _part_numbers(paths: RunPaths) -> list[int]:
     matches = (_PART.fullmatch(name) for name in paths.storage.names(paths.plan_folder))
     numbers = sorted(int(match[1]) for match in matches if match is not None)
     if numbers != list(range(len(numbers))):
-        raise UserError(
-            f"{paths.url(paths.plan_folder)} has lost a part (it has {numbers}): restore it from a "
-            "backup, or start a new run folder."
-        )
+        where = paths.url(paths.plan_folder)
+        raise FileDamaged(where, f"has lost a part (it has {numbers})", RESTORE)
     return numbers
 
 
@@ -64,8 +62,5 @@ def _read_part(paths: RunPaths, number: int) -> list[dict[str, Any]]:
             raise ValueError("its checksum does not hold")
         records: list[dict[str, Any]] = [json.loads(line) for line in body.splitlines()]
     except ValueError as error:
-        raise UserError(
-            f"{paths.url(name)} is damaged ({error}): restore it from a backup, or start a new run "
-            "folder."
-        ) from error
+        raise FileDamaged(paths.url(name), f"is damaged ({error})", RESTORE) from error
     return records

@@ -81,6 +81,9 @@ def _run(job: Job, options: Options, stop: StopRequest, progress: Progress) -> O
         outcome = _run_here(job, stop, progress)
     else:
         outcome = _run_pool(job, workers, options, stop, progress)
+    if outcome.code == EXIT_OK and (left := job.num_rows_left()):
+        told = f"{left} rows have no state: see `vlm-batch verify {job.paths.root}`"
+        return Outcome(EXIT_FAILED, told, outcome.summary)
     if outcome.code == EXIT_OK:
         tidy(job.paths, job.plan)
     return outcome

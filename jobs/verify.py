@@ -6,6 +6,7 @@ be done again. Memory is that of one part. Knows no worker.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.commit import pending_shards
+from jobs.commit import is_committed, pending_shards
+from jobs.damage import FileDamaged, Finding
+from jobs.events import Events, read_events
+from jobs.journal import read_journals
 from jobs.manifest import Manifest, require_manifest
 from jobs.part import PartDamaged, check_part, expected, read_part
 from jobs.paths import RunPaths, part_shard
@@ -26,16 +30,6 @@ from pipeline.errors import CODES, UserError
 
 NUM_READERS = 4
 REDO_ADVICE = "Run `vlm-batch verify --repair`, then the job again: the shard is done anew."
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong."""
-
-    file: str
-    problem: str
-    advice: str
-    shard: str | None = None  # to be done again by a repair
 
 
 @dataclass
@@ -64,14 +58,19 @@ class Verdict:
 def verify(path: str, *, look_at_input: bool = True) -> Verdict:
     """Check everything that the run folder promises. Raises: UserError."""
     paths = RunPaths(path)
-    manifest = require_manifest(paths)
-    plan = load_plan(paths)
+    try:
+        manifest = require_manifest(paths)
+        plan = load_plan(paths)
+    except FileDamaged as error:
+        return Verdict(paths.root, findings=[error.finding])
     verdict = Verdict(paths.root, rows_planned=plan.num_rows)
     pending = {shard.id: shard for shard in pending_shards(paths, plan)}
     verdict.rows_left = sum(shard.num_rows for shard in pending.values())
     _check_plan(plan, verdict)
     _check_names(paths, plan, verdict)
     _check_parts(paths, manifest, plan, pending, verdict)
+    _check_gone(paths, pending, verdict)
+    _check_journals(paths, manifest, pending, verdict)
     if look_at_input:
         _check_input(manifest, plan, verdict)
     return verdict
@@ -84,6 +83,7 @@ def repair(path: str, verdict: Verdict) -> Verdict:
     shards = sorted({f.shard for f in verdict.findings if f.shard is not None})
     for shard in shards:
         paths.storage.delete(paths.part(shard))
+        Events(paths).write("repair", shard=shard)
     redo_shards(paths, [shard for shard in shards if plan.shard(shard).revision])
     verdict.repaired = shards
     return verdict
@@ -130,6 +130,32 @@ def _check_parts(
                 if problem is not None:
                     file = paths.part(shard.id)
                     verdict.findings.append(Finding(file, problem, REDO_ADVICE, shard.id))
+
+
+def _check_gone(paths: RunPaths, pending: dict[str, Shard], verdict: Verdict) -> None:
+    """Parts that were there: the log of events remembers them, or the record of a redone shard."""
+    committed: set[str] = set()
+    for event in read_events(paths):
+        if event.get("kind") == "commit":
+            committed.add(event["shard"])
+        elif event.get("kind") == "repair":
+            committed.discard(event["shard"])
+    for id_, shard in pending.items():
+        if is_committed(paths, shard) if shard.revision else id_ in committed:
+            verdict.findings.append(Finding(paths.part(id_), "is gone", REDO_ADVICE, id_))
+
+
+def _check_journals(
+    paths: RunPaths, manifest: Manifest, pending: dict[str, Shard], verdict: Verdict
+) -> None:
+    """A journal that does not hold to its end costs its last answers, and is no damage."""
+    for folder in paths.storage.folders(paths.journals_folder):
+        if folder in pending:
+            shard = pending[folder]
+            state = read_journals(paths, shard.id, manifest.fingerprint, shard.revision)
+            for file in state.torn:
+                note = f"{file} does not hold to its end: what is lost there is answered again"
+                verdict.notes.append(note)
 
 
 def _batches(shards: Iterator[Shard], size: int) -> Iterator[list[Shard]]:
@@ -198,7 +224,7 @@ def _check_input(manifest: Manifest, plan: Plan, verdict: Verdict) -> None:
         files = source.files()
         changed = plan.changed(files, source.still_holds)
     except (UserError, OSError) as error:
-        verdict.notes.append(f"the input cannot be looked at: {error}")
+        _tell_unreadable(plan, error, verdict)
         return
     verdict.rows_input = sum(file.num_rows for file in files)
     known = plan.files()
@@ -211,3 +237,14 @@ def _check_input(manifest: Manifest, plan: Plan, verdict: Verdict) -> None:
     if news > 0 and not changed:
         verdict.rows_left += news
         verdict.notes.append(f"the input has {news} new rows: run the job again")
+
+
+def _tell_unreadable(plan: Plan, error: Exception, verdict: Verdict) -> None:
+    """An input that is no longer there is nobody's fault; one that is there and damaged is."""
+    there = next((path for path in plan.files() if os.path.isfile(path)), None)
+    if there is None:
+        verdict.notes.append(f"the input cannot be looked at: {error}")
+        return
+    file = next((path for path in plan.files() if path in str(error)), there)
+    advice = "Put it back as it was when its rows were planned."
+    verdict.findings.append(Finding(file, f"cannot be read ({error})", advice))

@@ -168,7 +168,14 @@ class Worker:
             yield from self.job.source.read(shard.path, shard.start, shard.stop)
         except Exception as error:
             self._pull_error = error
+            if isinstance(error, UserError):
+                self._void(shard.id)
             raise
+
+    def _void(self, shard: str) -> None:
+        """The shard's rows are not those that were planned: what was answered must not count."""
+        with self._lock, contextlib.suppress(StorageError, KeyError):
+            self._open[shard].journal.note(void=True)
 
     # Labelling: the main thread.
 

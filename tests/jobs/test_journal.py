@@ -70,7 +70,7 @@ def test_answers_come_back(tmp_path_factory: pytest.TempPathFactory, given_: lis
     state = read_journals(paths, SHARD, "fp")
     assert state.answers == expected
     assert state.made_by == dict.fromkeys(expected, "a1")
-    assert state.num_torn == 0
+    assert not state.torn
 
 
 RECORDS = [{"kind": "note", "i": i, "text": "é" * (i % 5)} for i in range(6)]
@@ -132,7 +132,7 @@ def test_a_head_that_is_damaged_costs_the_journal(paths: RunPaths) -> None:
     data[12] ^= 1
     file.write_bytes(data)
     state = read_journals(paths, SHARD, "fp")
-    assert (state.answers, state.num_torn) == ({}, 1)
+    assert (state.answers, len(state.torn)) == ({}, 1)
 
 
 def test_notes_are_kept_by_attempt(paths: RunPaths) -> None:
@@ -162,7 +162,7 @@ def test_a_record_torn_by_a_kill_is_cut(paths: RunPaths, monkeypatch: pytest.Mon
     assert os.waitpid(pid, 0)[1] == 9
     state = read_journals(paths, SHARD, "fp")
     assert list(state.answers) == [(0, "caption")]
-    assert state.num_torn == 1
+    assert len(state.torn) == 1
 
 
 @pytest.mark.parametrize("point", ["journal.append", "journal.sync", "journal.before_append"])
@@ -189,7 +189,7 @@ def test_a_failing_disk_ends_the_writer_not_the_journal(
     state = read_journals(paths, SHARD, "fp")
     assert (0, "caption") in state.answers
     assert (2, "caption") not in state.answers
-    assert state.num_torn == 0
+    assert not state.torn
 
 
 def test_half_a_record_is_taken_back(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_half_a_record_is_taken_back(paths: RunPaths, monkeypatch: pytest.Monkey
         journal.append(answer(SHARD, 0))
     monkeypatch.undo()
     journal.abandon()
-    assert read_journals(paths, SHARD, "fp").num_torn == 0
+    assert not read_journals(paths, SHARD, "fp").torn
 
 
 def test_records_are_synced_without_another_append(
