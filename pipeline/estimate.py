@@ -174,7 +174,7 @@ def estimate(
     total, rows = _read(settings)
     loader = ImageLoader(settings.input)
     preparer = Preparer(settings, family, Tokenizer(checkpoint), Unstored(), loader.load)
-    planner = Planner(settings.engine, shares=family.fused)
+    planner = Planner(settings.engine, shares=family.fused, whole_images=family.images_reach_back)
     result = Estimate(family.name, family.fused, total, 0, {}, PlanStats(), 0, 0, 0)
     work = _Work()
     bands: dict[int, Band] = {}

@@ -60,7 +60,9 @@ class Labeller:
 
             device = choose_device(settings.engine)
             self.engine = GenericEngine(self.checkpoint, self.family, settings, device)
-        self.planner = Planner(settings.engine, shares=self.family.fused)
+        self.planner = Planner(
+            settings.engine, shares=self.family.fused, whole_images=self.family.images_reach_back
+        )
         self.plan_stats = PlanStats()
         self._early: deque[Answer] = deque()  # answers that need no engine
         self._endings: dict[RequestKey, tuple[tuple[str, ...], bool]] = {}  # stops, has a schema

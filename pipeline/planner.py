@@ -65,9 +65,16 @@ class Plan:
 class Planner:
     """Plans one window of requests after the other and remembers the current prefix."""
 
-    def __init__(self, settings: EngineSettings, shares: bool = True) -> None:
-        """`shares` is False for engines that share nothing, whatever the settings say."""
-        self._share_prefix = shares and settings.share_prefix
+    def __init__(
+        self, settings: EngineSettings, shares: bool = True, whole_images: bool = False
+    ) -> None:
+        """`shares` is False for engines that share nothing, whatever the settings say.
+
+        With `whole_images` requests share only where all their images are the same, and only past
+        the last of them: there even tokens before an image depend on it.
+        """
+        self._whole_images = whole_images
+        self._share_prefix = shares and settings.share_prefix and not whole_images
         self._share_images = shares and settings.share_images
         tokens = settings.prefill_tokens
         self._bucket_tokens = DEFAULT_BUCKET_TOKENS if tokens == "auto" else tokens
@@ -151,11 +158,14 @@ class Planner:
             return [Group((request,), num_prefix, num_prefix) for request in requests]
         by_start: dict[object, list[Request]] = defaultdict(list)
         for request in requests:
-            by_start[_sharing_key(request, num_prefix)].append(request)
+            key = _sharing_key(request, num_prefix)
+            if self._whole_images:
+                key = key, tuple((i.image.digest, i.layout) for i in request.images)
+            by_start[key].append(request)
         groups = []
         for members in by_start.values():
             for part in _limited(members, num_prefix):
-                groups += _group(part, num_prefix)
+                groups += _group(part, num_prefix, self._whole_images)
         return groups
 
     # 3. buckets
@@ -296,10 +306,11 @@ def _shared_after(first: Request, request: Request, num_prefix: int) -> int:
     return max(_common_prefix((first, request)) - num_prefix, 0)
 
 
-def _group(requests: Sequence[Request], num_prefix: int) -> list[Group]:
-    """One group, or one a request where sharing is not worth it."""
+def _group(requests: Sequence[Request], num_prefix: int, whole: bool = False) -> list[Group]:
+    """One group, or one a request where sharing is not worth it, or not right."""
     shared = _common_prefix(requests) if len(requests) > 1 else num_prefix
     covers_image = any(num_prefix <= image.start < shared for image in requests[0].images)
-    if shared < num_prefix or not (covers_image or shared - num_prefix >= MIN_SHARED_TEXT):
+    cut = whole and any(image.start >= shared for r in requests for image in r.images)
+    if cut or shared < num_prefix or not (covers_image or shared - num_prefix >= MIN_SHARED_TEXT):
         return [Group((request,), num_prefix, num_prefix) for request in requests]
     return [Group(tuple(requests), num_prefix, shared)]

@@ -14,6 +14,8 @@ import numpy as np
 
 from pipeline.errors import RowError
 
+STATES_PER_TOKEN = 10  # image states that cost as much as a prompt's token
+
 
 class RequestKey(NamedTuple):
     """Names one answer: the shard, the row's position in it, and the prompt's name."""
@@ -119,6 +121,13 @@ class ImageLayout:
     views: tuple[View, ...] = ()
     clip: Clip | None = None  # of a video, whose pixels are [frames, height, width, 3]
     sound: Sound | None = None  # of a recording, whose samples are uint8 [num_samples, 4]
+    num_states: int = 0  # that cross-attention layers read, where tokens do not carry the image
+    num_padding_states: int = 0  # more of them, which only tokens before the image read
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens whose decoding costs about what the image's states cost; for budgets."""
+        return (self.num_states + self.num_padding_states) // STATES_PER_TOKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +213,8 @@ class Group:
     @property
     def num_prefill_tokens(self) -> int:
         own = sum(r.num_tokens - self.num_shared_tokens for r in self.requests)
-        return self.num_shared_tokens - self.num_prefix_tokens + own
+        states = sum(image.layout.num_prefill_tokens for image in self.images)
+        return self.num_shared_tokens - self.num_prefix_tokens + own + states
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.engine.cross_cache import CrossCache
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.sampler import GREEDY, SamplerMode, sample
 from pipeline.engine.slots import Slots, to_device
@@ -26,6 +27,7 @@ from pipeline.kernels.lanes import advance
 from pipeline.kernels.mla_attention import mla_decode, mla_rope_and_cache
 from pipeline.kernels.rope import rope_and_cache
 from pipeline.models.base import Model
+from pipeline.models.decoder import Attend
 
 SMALLEST_GRAPH = 16  # lanes
 
@@ -66,10 +68,17 @@ class Decoder:
     """Runs steps over the lanes of `slots`."""
 
     def __init__(
-        self, model: Model, cache: KVCache, slots: Slots, graphs: bool, max_length: int
+        self,
+        model: Model,
+        cache: KVCache,
+        slots: Slots,
+        graphs: bool,
+        max_length: int,
+        cross: CrossCache | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
+        self.cross = cross
         self.slots = slots
         self.graphs = graphs and model.device.type == "cuda"
         self.max_length = max_length
@@ -101,7 +110,9 @@ class Decoder:
         slots, model = self.slots, self.model
         segments, places = slots.segments[rows], slots.places[rows]
         plan = plan_decode(segments, longest, self._splits(len(places)))
-        attend = DecodeAttend(model, self.cache, places, plan)
+        attend: Attend = DecodeAttend(model, self.cache, places, plan)
+        if self.cross is not None:
+            attend = self.cross.decode(attend, rows)
         x = model.embed(slots.tokens[rows])
         positions = slots.positions[rows].expand(model.num_axes, -1)
         hidden = model.decoder(x, positions, attend, None)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.engine.cross_cache import cross_cache_for
 from pipeline.engine.decode import Decoder
 from pipeline.engine.extents import ExtentPool
 from pipeline.engine.kv_cache import NUM_TRASH, KVCache
@@ -57,14 +58,18 @@ class Engine:
         self.settings = settings
         self.outcomes = outcomes
         self.cache = KVCache(
-            c.num_layers, c.num_kv_heads, sizes.num_places, c.head_dim, model.dtype, model.device,
-            latent=c.mla is not None,
+            c.num_cached_layers, c.num_kv_heads, sizes.num_places, c.head_dim, model.dtype,
+            model.device, latent=c.mla is not None,
         )  # fmt: skip
         self.slots = Slots(sizes.num_slots, model.device)
         pool = ExtentPool(NUM_TRASH, sizes.num_places)
-        self.scheduler = Scheduler(pool, sizes.num_slots, sizes.prefill_tokens)
+        self.cross = cross_cache_for(model, sizes.num_state_places, sizes.num_slots + 1)
+        state_pool = self.cross.pool if self.cross is not None else None
+        self.scheduler = Scheduler(pool, sizes.num_slots, sizes.prefill_tokens, state_pool)
         longest = min(sizes.num_places, settings.max_context or model.family.context_length)
-        self.decoder = Decoder(model, self.cache, self.slots, settings.cuda_graphs, longest)
+        self.decoder = Decoder(
+            model, self.cache, self.slots, settings.cuda_graphs, longest, self.cross
+        )
         self.uploader = Uploader(model.device)
         self.stats = EngineStats()
         self.timer = StageTimer(self.stats, model.device)
@@ -166,10 +171,14 @@ class Engine:
         for pixels, _ in images:
             pixels.uploaded.wait()
         with self.timer.stage("vision"):
-            features = encode_images(self.model, [(p.image, layout) for p, layout in images])
+            features = None
+            if self.cross is not None:
+                self.cross.fill(pieces)
+            else:
+                features = encode_images(self.model, [(p.image, layout) for p, layout in images])
         sequences = [p.sequence for p in pieces if p.sequence is not None]
         with self.timer.stage("prefill"):
-            logits = prefill(self.model, self.cache, pieces, features)
+            logits = prefill(self.model, self.cache, pieces, features, self.cross)
             if sequences:
                 self._start(sequences, logits)
         self._count(pieces, len(images))
@@ -180,6 +189,8 @@ class Engine:
         self._mode = mode | SamplerMode.of(s.request for s in self.running.values())
         self._prepare(sequences, mode)
         rows = self.slots.fill([_lane_start(s) for s in sequences])
+        if self.cross is not None:
+            self.cross.start(rows, sequences)
         tokens, valid = sample(logits, self.slots, rows, mode)
         result = advance(self.slots, rows, tokens, valid, step=0)
         self.running.update((s.lane, s) for s in sequences)
@@ -195,6 +206,7 @@ class Engine:
                 slots.seen = torch.zeros(shape, dtype=torch.bool, device=device)
             for s in sequences:
                 tokens = torch.from_numpy(s.request.tokens.astype("int64"))
+                tokens = tokens[tokens < vocab]  # an image token may lie beyond the head's
                 slots.seen[s.lane] = False
                 slots.seen[s.lane, to_device(tokens, device)] = True
         elif slots.seen is not None:

@@ -20,6 +20,9 @@ GIB = 1 << 30
 CPU_CACHE_BYTES = 2 * GIB
 CUDA_CONTEXT_BYTES = 1 * GIB  # library workspaces and captured graphs
 TYPICAL_SEQUENCE = 1280  # tokens; only bounds the number of lanes
+TYPICAL_TEXT = 320  # tokens of a sequence whose images are states, not tokens
+TYPICAL_IMAGE = (1024, 768)
+MAX_IMAGES = 4  # of a lane at once, on average
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +32,29 @@ class EngineSizes:
     num_slots: int
     prefill_tokens: int
     num_places: int
+    num_state_places: int = 0  # for image states, where layers attend to them
 
 
 def place_bytes(model: Model) -> int:
     c = model.decoder.config
-    size = model.dtype.itemsize
+    layers, size = c.num_cached_layers, model.dtype.itemsize
     return KVCache.bytes_per_place(
-        c.num_layers, c.num_kv_heads, c.head_dim, size, latent=c.mla is not None
+        layers, c.num_kv_heads, c.head_dim, size, latent=c.mla is not None
     )
+
+
+def state_bytes(model: Model) -> int:
+    """Bytes of one image state's keys and values."""
+    c = model.decoder.config
+    layers, size = len(c.cross_layers), model.dtype.itemsize
+    return KVCache.bytes_per_place(layers, c.num_kv_heads, c.head_dim, size)
+
+
+def states_of_an_image(model: Model) -> int:
+    if not model.decoder.config.cross_layers:
+        return 0
+    layout = model.family.layout(*TYPICAL_IMAGE)
+    return layout.num_states + layout.num_padding_states
 
 
 def activation_bytes(model: Model, prefill_tokens: int, num_slots: int) -> int:
@@ -61,10 +79,13 @@ def size_engine(model: Model, settings: EngineSettings) -> EngineSizes:
         tokens = 16_384 if cuda else 2_048
     wanted = slots if slots != "auto" else (512 if cuda else 64)
     free = _free_bytes(model, settings)
+    states = states_of_an_image(model)
+    typical = TYPICAL_TEXT if states else TYPICAL_SEQUENCE
+    image, text = states * state_bytes(model), typical * place_bytes(model)
     while True:
         spare = free - activation_bytes(model, tokens, wanted)
-        places = spare // place_bytes(model)
-        if places >= wanted * TYPICAL_SEQUENCE or (slots != "auto" and places >= tokens):
+        places = spare * text // (text + image) // place_bytes(model)
+        if places >= wanted * typical or (slots != "auto" and places >= tokens):
             break
         if settings.prefill_tokens == "auto" and tokens > 2_048 and places < 2 * tokens:
             tokens //= 2
@@ -78,7 +99,11 @@ def size_engine(model: Model, settings: EngineSettings) -> EngineSizes:
             "lower engine.prefill_tokens or take a larger device."
         )
     limit = wanted * (settings.max_context or model.family.context_length)
-    return EngineSizes(wanted, tokens, int(min(places, limit)))
+    places = int(min(places, limit))
+    if not states:
+        return EngineSizes(wanted, tokens, places)
+    num_states = (spare - places * place_bytes(model)) // state_bytes(model)
+    return EngineSizes(wanted, tokens, places, min(num_states, wanted * MAX_IMAGES * states))
 
 
 def _free_bytes(model: Model, settings: EngineSettings) -> int:

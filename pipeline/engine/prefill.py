@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.engine.cross_cache import CrossCache
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.schedule import Piece
 from pipeline.engine.slots import to_device
@@ -26,6 +27,7 @@ from pipeline.kernels.prefill_attention import (
 )
 from pipeline.kernels.rope import rope_and_cache
 from pipeline.models.base import Model, image_spans
+from pipeline.models.decoder import Attend
 from pipeline.rows import ImageLayout
 
 MAX_IMAGE_TOKENS = 16_384  # of one pass of the image tower
@@ -103,7 +105,13 @@ def image_places(pieces: Seq[Piece]) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def prefill(model: Model, cache: KVCache, pieces: Seq[Piece], features: Tensor | None) -> Tensor:
+def prefill(
+    model: Model,
+    cache: KVCache,
+    pieces: Seq[Piece],
+    features: Tensor | None,
+    cross: CrossCache | None = None,
+) -> Tensor:
     """Compute the pieces' keys and values; return logits [n, V] of those that have a sequence."""
     device = model.device
     tokens = np.concatenate([p.tokens[p.start : p.stop] for p in pieces]).astype(np.int64)
@@ -121,10 +129,12 @@ def prefill(model: Model, cache: KVCache, pieces: Seq[Piece], features: Tensor |
     last = to_device(torch.tensor(ends, dtype=torch.int64), device)
     where = None if features is None else _upload(image_places(pieces), device)
     x = model.embed(_upload(tokens, device), features, where)
-    attend = PrefillAttend(
+    attend: Attend = PrefillAttend(
         cache, _upload(places.astype(np.int64), device), prefill_plan_for(runs, x),
         _last_plan(segments, device), model,
     )  # fmt: skip
+    if cross is not None:
+        attend = cross.prefill(attend, pieces, x)
     hidden = model.decoder(x, _upload(positions.astype(np.int64), device), attend, last)
     return model.decoder.logits(hidden)
 

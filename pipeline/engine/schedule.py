@@ -34,10 +34,16 @@ class Piece:
     sequence: Sequence | None = None  # None: shared, nothing is drawn after it
     owner: PrefixWork | GroupWork | None = None  # of a shared piece
     work: GroupWork | None = None  # of a group's piece
+    states: Any = None  # cross_cache.States that the tokens attend to
 
     @property
     def num_tokens(self) -> int:
         return self.stop - self.start
+
+    @property
+    def cost(self) -> int:
+        """Tokens, and what the images' states cost beside them."""
+        return self.num_tokens + sum(i.layout.num_prefill_tokens for i, _ in self.images)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +73,7 @@ class GroupWork:
     release: Any = None  # gives the fed images back
     error: RowError | None = None  # its shared tokens could not be computed
     num_admitted: int = 0
+    states: Any = None  # of the shared images, where layers attend to them
 
     def images_of(self, request: Request) -> tuple[tuple[PlacedImage, Any], ...]:
         """The request's own images, each with its pixels or its RowError."""
@@ -91,8 +98,12 @@ def _identity(image: PlacedImage) -> tuple[Any, ...]:
 class Scheduler:
     """Turns fed work into batches of units; hands out lanes and cache ranges."""
 
-    def __init__(self, pool: ExtentPool, num_slots: int, prefill_tokens: int) -> None:
+    def __init__(
+        self, pool: ExtentPool, num_slots: int, prefill_tokens: int, state_pool: Any = None
+    ) -> None:
+        """`state_pool` is the `cross_cache.StatePool` of a model that has one."""
         self.pool = pool
+        self.state_pool = state_pool
         self.prefill_tokens = prefill_tokens
         self.free_lanes = list(range(num_slots))  # a heap: low lanes first
         self.num_slots = num_slots
@@ -154,7 +165,7 @@ class Scheduler:
         while self.waiting and self.free_lanes and budget > 0:
             admitted = self._admit(self.waiting[0], budget, alone=not pieces)
             pieces += admitted
-            budget -= sum(p.num_tokens for p in admitted)
+            budget -= sum(p.cost for p in admitted)
             if self.waiting[0].waiting:
                 break
             self._drop(self.waiting.popleft())
@@ -188,23 +199,39 @@ class Scheduler:
         pieces = self._base_pieces(work)
         if pieces is None:
             return []
-        budget -= sum(p.num_tokens for p in pieces)
+        budget -= sum(p.cost for p in pieces)
         while work.waiting and self.free_lanes:
             request = work.waiting[0]
             own = request.num_tokens - work.group.num_shared_tokens
+            own += sum(i.layout.num_prefill_tokens for i, _ in work.images_of(request))
             if own > budget and not alone:
                 break
             error = self._own_error(work, request)
             if error is not None:
                 self.rejected.append(failed(work.waiting.popleft(), error))
                 continue
-            extent = self.pool.take(own + request.sampling.max_new_tokens)
-            if extent is None:
+            taken = self._take(work, request)
+            if taken is None:
                 break
-            pieces.append(self._own_piece(work, work.waiting.popleft(), extent))
+            pieces.append(self._own_piece(work, work.waiting.popleft(), *taken))
             budget -= own
             alone = False
         return pieces
+
+    def _take(self, work: GroupWork, request: Request) -> tuple[Extent, Any] | None:
+        """The request's range and the states of its images; None when there is no room."""
+        own = request.num_tokens - work.group.num_shared_tokens
+        extent = self.pool.take(own + request.sampling.max_new_tokens)
+        if extent is None or self.state_pool is None or not request.images:
+            return None if extent is None else (extent, None)
+        if work.states is not None:
+            return extent, work.states.shared()
+        states = self.state_pool.take(request.images)
+        if states is None:
+            self.pool.give(extent)
+            return None
+        self._to_release.append(lambda: self.state_pool.give_padding(states))
+        return extent, states
 
     def _group_error(self, work: GroupWork) -> RowError | None:
         if work.error is not None:
@@ -222,6 +249,9 @@ class Scheduler:
             extent = self.pool.take(length)
             if extent is None:
                 return None
+            if not self._take_shared_states(work):
+                self.pool.give(extent)
+                return None
             work.shared = extent
             if length:
                 pieces.append(self._shared_piece(work, extent))
@@ -230,11 +260,23 @@ class Scheduler:
             work.prefix.piece = None
         return pieces
 
+    def _take_shared_states(self, work: GroupWork) -> bool:
+        """Whether there is room for the states of the images that the group shares."""
+        shared = work.shared_images()
+        if self.state_pool is None or not shared:
+            return True
+        states = self.state_pool.take([image for image, _ in shared])
+        if states is not None:
+            work.states = states
+            self._to_release.append(lambda: self.state_pool.give_padding(states))
+        return states is not None
+
     def _shared_piece(self, work: GroupWork, extent: Extent) -> Piece:
         group, first = work.group, work.group.requests[0]
         return Piece(
             first.tokens, first.positions, group.num_prefix_tokens, group.num_shared_tokens,
             extent, self._prefix_segment(work), work.shared_images(), owner=work, work=work,
+            states=work.states,
         )  # fmt: skip
 
     def _prefix_segment(self, work: GroupWork) -> tuple[tuple[int, int], ...]:
@@ -248,9 +290,12 @@ class Scheduler:
         needed = request.num_tokens + request.sampling.max_new_tokens
         if error is None and needed > self.pool.size:
             error = RowError("out_of_memory", f"The row needs {needed} cache places.")
+        if error is None and self.state_pool is not None:
+            if not self.state_pool.could_take(request.images):
+                error = RowError("out_of_memory", "The row's images do not fit the cache.")
         return error
 
-    def _own_piece(self, work: GroupWork, request: Request, extent: Extent) -> Piece:
+    def _own_piece(self, work: GroupWork, request: Request, extent: Extent, states: Any) -> Piece:
         shared = []
         if work.group.num_prefix_tokens and work.prefix is not None:
             shared.append(work.prefix.extent)
@@ -262,15 +307,19 @@ class Scheduler:
         cached = sum(e.length for e in shared if work.num_admitted or e is not work.shared)
         work.num_admitted += 1
         sequence = Sequence(request, extent, tuple(shared), cached, heapq.heappop(self.free_lanes))
+        sequence.states = states
         return Piece(
             request.tokens, request.positions, work.group.num_shared_tokens, request.num_tokens,
             extent, sequence.segments, work.images_of(request), sequence, work=work,
+            states=states,
         )  # fmt: skip
 
     def _drop(self, work: GroupWork) -> None:
         """The group is wholly admitted: its own hold on ranges and images ends."""
         if work.shared is not None:
             self.pool.give(work.shared)
+        if work.states is not None:
+            self.state_pool.give(work.states)
         if work.group.num_prefix_tokens and work.prefix is not None:
             if work.prefix.error is None:
                 self.pool.give(work.prefix.extent)
@@ -285,5 +334,7 @@ class Scheduler:
         """The sequence ended: its lane and ranges are free."""
         heapq.heappush(self.free_lanes, sequence.lane)
         self.pool.give(sequence.own)
+        if sequence.states is not None:
+            self.state_pool.give(sequence.states)
         for extent in sequence.shared:
             self.pool.give(extent)

@@ -25,6 +25,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     finished: bool = False
     grammar: Any = None  # guided.Matcher
+    states: Any = None  # cross_cache.States of its images, where layers attend to them
 
     @property
     def segments(self) -> tuple[tuple[int, int], ...]:

@@ -58,7 +58,7 @@ class Rectangle:
         if length == 1 and window is None:
             return None
         key = torch.arange(total, device=self.queries.device)
-        at = key[total - length :, None]
+        at = torch.arange(total - length, total, device=self.queries.device)[:, None]
         seen = key <= (at if self.ahead is None else at + self.ahead[:, None])
         return seen if window is None else seen & (key > at - window)
 
@@ -214,6 +214,7 @@ def _prefill_kernel(
     if SPANS:
         last += tl.load(ahead_ptr + q_start + row, mask=row < q_length, other=0)
     reach = tl.max(last, 0) + 1 if SPANS else first + BLOCK_M
+    shared = tl.min(last, 0) + 1 if SPANS else first + 1  # own keys that every row sees
     before = 0  # keys in earlier segments
     for s in tl.static_range(SEGMENTS):
         start = tl.load(entry + 3 + 2 * s).to(tl.int64)
@@ -226,8 +227,8 @@ def _prefill_kernel(
         # Blocks that every row sees whole need no mask.
         full = low
         if WINDOW == 0 and DIM == BLOCK_D:
-            full = tl.minimum(stop, first + shift + 1) if s == SEGMENTS - 1 else stop
-            full = full // BLOCK_N * BLOCK_N
+            full = tl.minimum(stop, shared + shift) if s == SEGMENTS - 1 else stop
+            full = tl.maximum(full, 0) // BLOCK_N * BLOCK_N
         k_rows, v_rows = base_k + start * DIM, base_v + start * DIM
         for begin in range(low, full, BLOCK_N):
             best, norm, acc = _take_block(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models.cross import CrossParts, Shape, StateKeys
 from pipeline.models.layers import GatedMLP, Linear, RMSNorm, norm_heads
 from pipeline.models.loading import Weights
 from pipeline.models.mla import MlaConfig, take_mla
@@ -52,6 +53,12 @@ class DecoderConfig:
     tied: bool = False
     mla: MlaConfig | None = None  # then one KV head of `mla.row` values, which is key and value
     moe: MoeConfig | None = None
+    cross_layers: tuple[int, ...] = ()  # which attend to image states, not to tokens
+
+    @property
+    def num_cached_layers(self) -> int:
+        """Layers that keep keys and values of tokens."""
+        return self.num_layers - len(self.cross_layers)
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
@@ -90,6 +97,14 @@ class Attend(Protocol):
         ...
 
 
+class CrossAttend(Attend, Protocol):
+    """`Attend` of a decoder with cross-attention layers, for whose rows `qkv` is queries alone."""
+
+    def shown(self, last: Tensor | None) -> Tensor:
+        """Which rows see an image, bool [n, 1]."""
+        ...
+
+
 @dataclass(slots=True)
 class DecoderLayer:
     """One layer's weights; the two post norms are Gemma's."""
@@ -102,6 +117,7 @@ class DecoderLayer:
     head_norm: Tensor | None = None  # [Hq + Hk, D]
     post_attention_norm: RMSNorm | None = None
     post_mlp_norm: RMSNorm | None = None
+    cross: StateKeys | None = None  # of a layer that attends to image states
 
 
 def _take_head_norm(weights: Weights, name: str, c: DecoderConfig) -> Tensor:
@@ -153,6 +169,21 @@ def _take_layer(weights: Weights, stem: str, c: DecoderConfig, index: int) -> De
     )
 
 
+def _take_cross_layer(weights: Weights, name: str, c: DecoderConfig) -> DecoderLayer:
+    shape = Shape(
+        c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.eps, c.act
+    )
+    parts = CrossParts.take(weights, name, shape)
+    return DecoderLayer(
+        attention_norm=RMSNorm.take(weights, f"{name}.input_layernorm", c.hidden_size, c.eps),
+        qkv=parts.queries,
+        out=parts.out,
+        mlp_norm=RMSNorm.take(weights, f"{name}.post_attention_layernorm", c.hidden_size, c.eps),
+        mlp=parts.mlp,
+        cross=parts.keys,
+    )
+
+
 class Decoder:
     """Embedded tokens to hidden states to logits."""
 
@@ -177,7 +208,10 @@ class Decoder:
     ) -> Decoder:
         """Take `<name>.layers.N`, `<name>.norm` and `lm_head`, or `embedding` for a tied head."""
         layers = [
-            _take_layer(weights, f"{name}.layers", config, i) for i in range(config.num_layers)
+            _take_cross_layer(weights, f"{name}.layers.{i}", config)
+            if i in config.cross_layers
+            else _take_layer(weights, f"{name}.layers", config, i)
+            for i in range(config.num_layers)
         ]
         norm = RMSNorm.take(
             weights, f"{name}.norm", config.hidden_size, config.eps, config.norm_offset
@@ -237,6 +271,8 @@ class Decoder:
             out = layer.post_attention_norm(out)[0]
         normed, x = layer.mlp_norm(out, x)
         out = layer.mlp(normed)
+        if layer.cross is not None:
+            out = out.masked_fill(~cast(CrossAttend, attend).shown(last), 0)
         if layer.post_mlp_norm is not None:
             out = layer.post_mlp_norm(out)[0]
         if index < len(deep):

@@ -87,6 +87,7 @@ class Family(ABC):
     default_sampling: Mapping[str, Any]
     template: Template
     sizes: ModelSizes = ModelSizes()
+    images_reach_back: bool = False  # tokens before an image depend on it, on all of a prompt's
 
     @property
     def control(self) -> tuple[str, ...]:

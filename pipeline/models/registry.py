@@ -53,6 +53,13 @@ FAMILIES = (
         weights_gb=8.6,
     ),
     Entry(
+        name="mllama",
+        spec="pipeline.models.families.mllama.spec",
+        example="meta-llama/Llama-3.2-11B-Vision-Instruct",
+        templates=("llama_3_vision",),
+        weights_gb=21.3,
+    ),
+    Entry(
         name="janus",
         spec="pipeline.models.families.janus.spec",
         example="deepseek-ai/Janus-Pro-7B",

@@ -99,7 +99,8 @@ class Bench:
         return build_engine(self.settings, self.checkpoint, self.family, self.tokenizer)
 
     def run(self, requests: Sequence[Request], engine: Any = None) -> dict[Any, Completion]:
-        items = Planner(self.settings.engine).plan(requests).items
+        planner = Planner(self.settings.engine, whole_images=self.family.images_reach_back)
+        items = planner.plan(requests).items
         found = list((engine or self.engine()).run(ListFeed(items)))
         keys = [c.key for c in found]
         assert len(set(keys)) == len(keys) == len(requests), "each request ends exactly once"

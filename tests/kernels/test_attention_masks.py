@@ -21,13 +21,15 @@ from pipeline.kernels.decode_attention import decode_attention, plan_decode
 from pipeline.kernels.prefill_attention import Run, prefill_attention, prefill_plan_for
 
 HEADS, KV_HEADS, DIM, PLACES, SCALE = 4, 2, 24, 700, 0.3
-# a text, a run with segments before it, one that is a span from end to end, one token alone
+# a text, a run with segments before it, one that is a span from end to end, one token alone; then
+# image states, which every query sees whole, fewer of them than queries and more
 RUNS = (
     Run(0, 150, ((300, 150),), ((5, 20), (100, 50))),
     Run(150, 140, ((1, 90), (500, 33), (95, 140)), ((0, 1), (30, 101))),
     Run(290, 9, ((500, 33), (240, 9)), ((0, 9),)),
     Run(299, 1, ((1, 90), (250, 1))),
 )
+STATES = (Run(0, 140, ((600, 40),), ((0, 140),)), Run(140, 9, ((7, 70), (300, 3)), ((0, 9),)))
 WINDOWS, CAPS = (None, 1, 17, 80), (None, 2.5)
 
 
@@ -78,6 +80,17 @@ def check_prefill(spans: bool) -> None:
             torch.testing.assert_close(found[rows], expected, rtol=1e-4, atol=1e-5)
 
 
+def check_states() -> None:
+    q, k, v = inputs()
+    found = prefill_attention(q, k, v, prefill_plan_for(STATES, q), SCALE)
+    for run in STATES:
+        rows = slice(run.q_start, run.q_start + run.q_length)
+        keys, values = (keys_of(x, run.segments) for x in (k, v))
+        everything = torch.ones(run.q_length, len(keys), dtype=torch.bool)
+        expected = dense(q[rows], keys, values, everything, None)
+        torch.testing.assert_close(found[rows], expected, rtol=1e-4, atol=1e-5)
+
+
 def check_decode(splits: int) -> None:
     q, k, v = inputs()
     lanes = [
@@ -100,6 +113,7 @@ def check_decode(splits: int) -> None:
 def check() -> None:
     check_prefill(True)
     check_prefill(False)
+    check_states()
     check_decode(1)
     check_decode(3)
 
