@@ -206,7 +206,7 @@ def run_check(args: argparse.Namespace) -> int:
 
     device = "cpu"
     found = check.run(
-        args.model, min(args.rows, 96), args.seed, args.reps, overrides(args, "model")
+        args.model, min(args.rows, 200), args.seed, args.reps, overrides(args, "model")
     )
     say(check.headline(found))
     write(about(args, device, args.model, "check") | found, args)

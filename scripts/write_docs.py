@@ -1,4 +1,4 @@
-"""Rewrites the tables in the Markdown files that are made from the code.
+"""Rewrites what is made from the code in the Markdown files, and the plot made from results.jsonl.
 
 A table stands between `<!-- generated: NAME -->` and `<!-- end -->`. `make docs` rewrites them;
 the tests run this with --check and fail where a table no longer tells the truth.
@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if outdated")
     check = parser.parse_args().check
     outdated = [name for name in FILES if rewrite(ROOT / name, check)]
+    outdated += [name for name, draw in PICTURES.items() if redraw(ROOT / name, draw(), check)]
     if outdated and check:
         print(f"Outdated, run `make docs`: {', '.join(outdated)}", file=sys.stderr)
     return 1 if outdated and check else 0
@@ -42,6 +43,32 @@ def rewrite(path: Path, check: bool = False) -> bool:
     if new != old and not check:
         path.write_text(new)
     return new != old
+
+
+def redraw(path: Path, new: str, check: bool = False) -> bool:
+    """Write the picture anew; True if that changes it."""
+    changed = not path.exists() or path.read_text() != new
+    if changed and not check:
+        path.write_text(new)
+    return changed
+
+
+def measured() -> str:
+    from scripts.bench import report
+
+    return report.measured()
+
+
+def benchmark() -> str:
+    from scripts.bench import report
+
+    return report.table()
+
+
+def plot() -> str:
+    from scripts.bench import plot
+
+    return plot.svg()
 
 
 def codes() -> str:
@@ -87,7 +114,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "config": config,
     "pipeline_files": pipeline_files,
     "jobs_files": jobs_files,
+    "measured": measured,
+    "benchmark": benchmark,
 }
+PICTURES: dict[str, Callable[[], str]] = {"scripts/bench/results.svg": plot}
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -28,7 +28,7 @@ def append(row: dict[str, Any], path: Path | None = FILE) -> None:
     print(line, flush=True)
 
 
-def surroundings(device: str) -> dict[str, Any]:
+def surroundings(device: str, program: str = "scripts/bench.py") -> dict[str, Any]:
     """Who measured: commit, date, machine, versions, command."""
     return {
         "commit": commit(),
@@ -37,7 +37,7 @@ def surroundings(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": _version("torch"),
         "transformers": _version("transformers"),
-        "command": " ".join(["scripts/bench.py", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
     }
 
 

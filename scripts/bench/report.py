@@ -1,0 +1,124 @@
+"""The README's numbers, table and plot, made from results.jsonl and from nothing else.
+
+Always the latest row of its kind; the same file gives the same bytes. `scripts/write_docs.py`
+calls it.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+from scripts.bench import results, workloads
+
+KINDS = {
+    "caption": "caption: 1024×768, 128 tokens out",
+    "mixed": "mixed: 512×384 … 1280×960, 16–400 out",
+    "vqa": "vqa: 8 questions an image, 16 out",
+    "ocr": "ocr: pages 1275×1650, 600–1200 out",
+    "prefix": "prefix: 2,083 shared tokens, 64 out",
+}
+Row = dict[str, Any]
+
+
+@cache
+def _rows() -> tuple[Row, ...]:
+    return tuple(json.loads(line) for line in results.FILE.read_text().splitlines() if line)
+
+
+def latest(name: str, **wanted: Any) -> Row | None:
+    """The last row of that name whose fields are as wanted; quantization is none unless named."""
+    wanted = {"quantization": "none"} | wanted
+    fit = [
+        row
+        for row in _rows()
+        if row["name"] == name and all(row.get(k, "none") == v for k, v in wanted.items())
+    ]
+    return fit[-1] if fit else None
+
+
+def on_gpu(work: str, quantization: str = "none", model: str = "random 7b") -> Row | None:
+    """The last row of a workload with that model on a GPU."""
+    row = latest(f"{work}/labeller", quantization=quantization, model=model)
+    return row if row and "driver" in row else None
+
+
+def vllm(work: str) -> Row | None:
+    """vLLM's part of the last row that has one, in bf16."""
+    row = on_gpu(work)
+    return row.get("vllm") if row else None
+
+
+def measured() -> str:
+    """The README's sentence: one number and what it was measured on."""
+    row = on_gpu("caption")
+    if row is None:
+        return "**Measured:** nothing yet."
+    peer = row.get("vllm")
+    beside = f", {peer['ratio']:.2f} × vLLM {peer['version']} on the same rows" if peer else ""
+    eight = on_gpu("vqa")
+    also = f"; {_rate(eight)} answers a second with eight questions an image" if eight else ""
+    return (
+        f"**Measured:** {_rate(row)} captions a second (1024×768 photographs, 128 tokens each, from JPEG "
+        f"bytes to text) on one\n{row['device']} with random Qwen2.5-VL-7B weights in bf16, "
+        f"{row['share_of_peak']:.0%} of the work's bf16 limit{beside}{also}\n"
+        f"({row['date'][:10]}, `scripts/bench.py --shape 7b`, rows in `scripts/bench/results.jsonl`)."
+    )
+
+
+def table() -> str:
+    """Workloads down, engines across, in rows a second."""
+    lines = [
+        "| workload (rows/s) | bf16 | fp8 | vLLM, bf16 | ours : vLLM | share of the bf16 limit |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for work in workloads.NAMES:
+        plain, eight, peer = on_gpu(work), on_gpu(work, "fp8"), vllm(work)
+        share = f"{plain['share_of_peak']:.0%}" if plain else "–"
+        ratio = f"{peer['ratio']:.2f}" if peer else "–"
+        theirs = _rate(peer) if peer else "–"
+        cells = (KINDS[work], _rate(plain), _rate(eight), theirs, ratio, share)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_notes()])
+
+
+def _notes() -> list[str]:
+    """What else was measured, a line each."""
+    notes = []
+    if row := on_gpu("caption"):
+        notes.append(
+            f"One {row['device']}, random Qwen2.5-VL-7B weights, {row['rows']} rows, medians of "
+            f"{len(row['seconds'])}, {row['date'][:10]}."
+        )
+    if row := latest("check"):
+        notes.append(
+            f"The model that ships, on a CPU: {row['ratio']:.1f} × the answers a second of transformers' "
+            f"`generate` in batches of {row['batch']} ({row['cpu_ratio']:.1f} × by processor time), "
+            f"{row['equal']} of {row['answers']} texts equal."
+        )
+    if row := latest("ready", model="random 7b"):
+        notes.append(f"First answer {row['ready_s']:.0f} s after the start of a 7B process.")
+    if row := latest("caption/job", model="random 7b"):
+        notes.append(
+            f"`configs/caption.yaml` from Parquet to Parquet, {row['rows']} rows, load included: "
+            f"{row['seconds'][0]:.0f} s."
+        )
+    if row := latest("caption/24gb"):
+        notes.append(f"As on a 24 GB card: {_rate(row)} captions a second.")
+    if row := on_gpu("caption", model="random 3b"):
+        notes.append(f"3B shapes: {_rate(row)} captions a second.")
+    if row := latest("feeder"):
+        notes.append(
+            f"The host alone decodes and hands over {row['images_per_s']:.0f} images a second on two "
+            f"cores, {row['images_per_s_on_16_cores']} extrapolated to 16."
+        )
+    return [f"- {note}" for note in notes]
+
+
+def _rate(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    rate = row["rows_per_s"]
+    value = rate["p50"] if isinstance(rate, dict) else rate
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
