@@ -60,10 +60,11 @@ def measured() -> str:
     eight = on_gpu("vqa")
     also = f"; {_rate(eight)} answers a second with eight questions an image" if eight else ""
     return (
-        f"**Measured:** {_rate(row)} captions a second (1024×768 photographs, 128 tokens each, from JPEG "
-        f"bytes to text) on one\n{row['device']} with random Qwen2.5-VL-7B weights in bf16, "
-        f"{row['share_of_peak']:.0%} of the work's bf16 limit{beside}{also}\n"
-        f"({row['date'][:10]}, `scripts/bench.py --shape 7b`, rows in `scripts/bench/results.jsonl`)."
+        f"**Measured:** {_rate(row)} captions a second (1024×768 photographs, 128 tokens each, "
+        f"from JPEG bytes to text) on one\n{row['device']} with random Qwen2.5-VL-7B weights in "
+        f"bf16, {row['share_of_peak']:.0%} of the work's\nbf16 limit{beside}{also}\n"
+        f"({row['date'][:10]}, `scripts/bench.py --shape 7b`, rows in "
+        "`scripts/bench/results.jsonl`)."
     )
 
 
@@ -93,9 +94,9 @@ def _notes() -> list[str]:
         )
     if row := latest("check"):
         notes.append(
-            f"The model that ships, on a CPU: {row['ratio']:.1f} × the answers a second of transformers' "
-            f"`generate` in batches of {row['batch']} ({row['cpu_ratio']:.1f} × by processor time), "
-            f"{row['equal']} of {row['answers']} texts equal."
+            f"The model that ships, on a CPU: {row['ratio']:.1f} × the answers a second of "
+            f"transformers' `generate` in batches of {row['batch']} ({row['cpu_ratio']:.1f} × by "
+            f"processor time), {row['equal']} of {row['answers']} texts equal."
         )
     if row := latest("ready", model="random 7b"):
         notes.append(f"First answer {row['ready_s']:.0f} s after the start of a 7B process.")
@@ -110,8 +111,8 @@ def _notes() -> list[str]:
         notes.append(f"3B shapes: {_rate(row)} captions a second.")
     if row := latest("feeder"):
         notes.append(
-            f"The host alone decodes and hands over {row['images_per_s']:.0f} images a second on two "
-            f"cores, {row['images_per_s_on_16_cores']} extrapolated to 16."
+            f"The host alone decodes and hands over {row['images_per_s']:.0f} images a second on "
+            f"two cores, {row['images_per_s_on_16_cores']} extrapolated to 16."
         )
     return [f"- {note}" for note in notes]
 

@@ -1,4 +1,4 @@
-"""The README's first example is true: run as it stands, its commands print what is printed there."""
+"""The README's first example is true: its commands print what is printed there."""
 
 from __future__ import annotations
 
