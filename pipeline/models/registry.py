@@ -86,6 +86,7 @@ FAMILIES = (
         example="openbmb/MiniCPM-V-2_6",
         templates=("minicpmv",),
         weights_gb=16.2,
+        takes=("image", "video"),
     ),
     Entry(
         name="minicpm-o",
@@ -93,6 +94,7 @@ FAMILIES = (
         example="openbmb/MiniCPM-o-2_6",
         templates=("minicpmo",),
         weights_gb=17.4,
+        takes=("image", "video"),
     ),
     Entry(
         name="smolvlm",
@@ -121,6 +123,7 @@ FAMILIES = (
         example="lmms-lab/llava-onevision-qwen2-7b-ov",
         templates=("chatml-llava",),
         weights_gb=16.1,
+        takes=("image", "video"),
     ),
     _GENERIC,  # last: it takes what no family of ours does
 )

@@ -64,18 +64,30 @@ class SlicePlan:
 
 
 def pictures(layouts: Sequence[ImageLayout], patch: int) -> list[Picture]:
-    """Each image's overview, then its slices row by row; `grid` of a layout is that of slices."""
+    """Each image's overview, then its slices row by row; `grid` of a layout is that of slices.
+
+    A video counts once for each of its frames.
+    """
     found: list[Picture] = []
     start = 0
-    for layout in layouts:
-        for view, shape in zip(layout.views, ((1, 1), layout.grid[1:]), strict=False):
-            high, wide = view.height // patch, view.width // patch
-            rows, columns = high // shape[0], wide // shape[1]
-            for down, right in np.ndindex(*shape):
-                first = start + down * rows * wide + right * columns
-                found.append(Picture(len(found), rows, columns, first, wide))
-            start += high * wide
+    for size, shape in _views(layouts):
+        high, wide = size[0] // patch, size[1] // patch
+        rows, columns = high // shape[0], wide // shape[1]
+        for down, right in np.ndindex(*shape):
+            first = start + down * rows * wide + right * columns
+            found.append(Picture(len(found), rows, columns, first, wide))
+        start += high * wide
     return found
+
+
+def _views(layouts: Sequence[ImageLayout]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Height and width of each view, and the rows and columns that it is cut into."""
+    for layout in layouts:
+        sizes = [(view.height, view.width) for view in layout.views]
+        if layout.clip is not None and not sizes:
+            sizes = [(layout.height, layout.width)]
+        for _ in range(layout.grid[0] if layout.clip else 1):
+            yield from zip(sizes, ((1, 1), layout.grid[1:]), strict=False)
 
 
 class SlicePlanner:

@@ -28,6 +28,14 @@ def render_views(image: Tensor, layout: ImageLayout) -> list[Tensor]:
     return [render_view(image, view) for view in layout.views]
 
 
+def resize_frames(frames: Tensor, layout: ImageLayout) -> Tensor:
+    """A video's frames [F, H, W, 3] in the layout's size, which they mostly have already."""
+    size = layout.height, layout.width
+    if tuple(frames.shape[1:3]) == size:
+        return frames
+    return torch.stack([_resize(frame, size, "bicubic") for frame in frames])
+
+
 def render_view(image: Tensor, view: View) -> Tensor:
     """uint8 [H, W, 3] -> uint8 [view.height, view.width, 3]."""
     resized = _resize(image, view.resized, view.filter) if view.box is None else _cut(image, view)

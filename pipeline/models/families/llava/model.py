@@ -25,7 +25,7 @@ from pipeline.models.loading import Weights
 from pipeline.models.rope import rope_config
 from pipeline.models.vision.clip import ClipTower
 from pipeline.models.vision.siglip import SiglipTower
-from pipeline.models.vision.views import render_views
+from pipeline.models.vision.views import render_views, resize_frames
 from pipeline.models.vision.vit import VitConfig, image_patches
 from pipeline.rows import ImageLayout
 
@@ -141,6 +141,8 @@ class Llava(Model):
     def _tiles(self, image: Tensor, layout: ImageLayout) -> Tensor:
         """The square pictures of one image, uint8 [n, S, S, 3]: the whole one first."""
         side = self.config.tower.side
+        if layout.clip is not None:
+            return resize_frames(image, layout)
         if not layout.views:
             return resize(image, side, side)[None]
         whole, *canvas = render_views(image, layout)
@@ -151,6 +153,8 @@ class Llava(Model):
 
     def _pack(self, features: Tensor, layout: ImageLayout) -> list[Tensor]:
         """One image's block in parts, of the features [n, N, H] of its pictures."""
+        if layout.clip is not None:
+            return self._pack_frames(features, layout)
         whole, hidden = features[0], features.shape[-1]
         if len(features) == 1:
             ends_line = layout.num_tokens > len(whole)
@@ -165,6 +169,13 @@ class Llava(Model):
         rows, columns = grid.shape[:2]
         lines = torch.cat([grid, self._newlines(rows)[:, None]], 1)
         return [whole, lines.flatten(0, 1)]
+
+    def _pack_frames(self, features: Tensor, layout: ImageLayout) -> list[Tensor]:
+        """A video's block: the pooled features [frames, N, H], then the newline."""
+        frames = features.unflatten(1, (self.config.tower.grid, -1))
+        pooled = pool_features(frames, (layout.grid[1], layout.grid[2])).flatten(0, 2)
+        ends_line = layout.num_tokens > len(pooled)
+        return [pooled, self._newlines(1)] if ends_line else [pooled]
 
     def _pool(self, grid: Tensor) -> Tensor:
         """Features [rows, columns, H], fewer where they are more than `max_tiles` hold."""

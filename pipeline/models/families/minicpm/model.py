@@ -25,7 +25,7 @@ from pipeline.models.vision.plan import upload
 from pipeline.models.vision.resampler import Resampler
 from pipeline.models.vision.siglip import SiglipTower
 from pipeline.models.vision.slices import SlicePlanner
-from pipeline.models.vision.views import render_views
+from pipeline.models.vision.views import render_views, resize_frames
 from pipeline.models.vision.vit import vit_config
 from pipeline.rows import ImageLayout
 
@@ -79,7 +79,7 @@ class MiniCPM(Model):
         views = [
             to_patches(view, self.patch, self.mean, self.std).to(self.dtype)
             for image, layout in zip(images, layouts, strict=True)
-            for view in render_views(image, layout)
+            for view in _views(image, layout)
         ]
         features = self._encode(torch.cat(views), layouts)
         ids, where = self._blocks(tuple(layouts))
@@ -104,6 +104,15 @@ class MiniCPM(Model):
         slots = np.flatnonzero(ids == self.family.image_token_id).reshape(-1, self.queries)
         where = slots[self.planner.plan(layouts).numbers].reshape(-1)
         return upload(ids, self.device), upload(where, self.device)
+
+
+def _views(image: Tensor, layout: ImageLayout) -> list[Tensor]:
+    """The pictures of an image, or of a video's frames one after the other."""
+    if layout.clip is None:
+        return render_views(image, layout)
+    if not layout.views:
+        return list(resize_frames(image, layout))
+    return [view for frame in image for view in render_views(frame, layout)]
 
 
 def build(checkpoint: Checkpoint, family: spec.MiniCPM, weights: Weights) -> MiniCPM:

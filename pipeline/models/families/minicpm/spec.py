@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,12 +24,14 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
-from pipeline.rows import ImageLayout, Turn, View
-from pipeline.settings import ModelSettings
+from pipeline.rows import Clip, ImageLayout, Turn, VideoInfo, View
+from pipeline.settings import ModelSettings, VideoSettings
 from pipeline.templates import minicpmv
 from pipeline.templates.render import Control, Piece
 
 Size = tuple[int, int]  # width, height
+MAX_VIDEO_FRAMES = 64
+MAX_FRAME_SLICES = 2  # of a video's frame
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -95,6 +98,7 @@ class MiniCPM(Family):
     """A MiniCPM-V 2.6 checkpoint without its weights."""
 
     name = "minicpm-v"
+    takes = frozenset({"image", "video"})
     templates = ("minicpmv",)
     template = minicpmv.TEMPLATE
 
@@ -135,9 +139,34 @@ class MiniCPM(Family):
             width, height, self.side, self.patch_size, self.max_slices, self.num_queries
         )
 
+    def video_layout(self, info: VideoInfo, settings: VideoSettings) -> ImageLayout:
+        """Frames are images one below the other, of at most two slices."""
+        frames = chosen_frames(info, settings)
+        most = MAX_FRAME_SLICES
+        if settings.max_pixels is not None:
+            most = min(most, max(1, settings.max_pixels // self.side**2))
+        most = min(most, self.max_slices)
+        one = image_layout(
+            info.width, info.height, self.side, self.patch_size, most, self.num_queries
+        )
+        return replace(
+            one,
+            grid=(len(frames), *one.grid[1:]),
+            num_tokens=len(frames) * (one.num_tokens + 1) - 1,
+            views=one.views if len(one.views) > 1 else (),  # one alone is a plain resize
+            clip=Clip(frames, info.fps, len(frames) / info.num_frames * info.fps),
+        )
+
     def image_tokens(self, layout: ImageLayout) -> np.ndarray:
-        """The overview between its markers, then the rows of slices, a newline between two."""
-        return block_tokens(layout.grid, self.num_queries, self._markers)
+        """The overview between its markers, then the rows of slices, a newline between two.
+
+        A newline stands between a video's frames too.
+        """
+        frame = block_tokens((1, *layout.grid[1:]), self.num_queries, self._markers)
+        if layout.clip is None:
+            return frame
+        line = np.append(frame, np.int32(self._markers[-1]))
+        return np.tile(line, layout.grid[0])[:-1]
 
     def pieces(self, turns: Sequence[Turn], layouts: Sequence[ImageLayout]) -> tuple[Piece, ...]:
         return self.numbered(self.render(turns), layouts)
@@ -145,15 +174,38 @@ class MiniCPM(Family):
     def numbered(
         self, pieces: Sequence[Piece], layouts: Sequence[ImageLayout]
     ) -> tuple[Piece, ...]:
-        """Each image after its number in the conversation."""
+        """Each image after its number in the conversation; beside a video none has one."""
         found: list[Piece] = []
         seen = 0
+        wanted = self.image_ids and all(layout.clip is None for layout in layouts)
         for piece in pieces:
-            if isinstance(piece, int) and self.image_ids and layouts[piece].sound is None:
+            if isinstance(piece, int) and wanted and layouts[piece].sound is None:
                 found += [Control("<image_id>"), str(seen), Control("</image_id>")]
                 seen += 1
             found.append(piece)
         return tuple(found)
+
+
+def chosen_frames(info: VideoInfo, settings: VideoSettings) -> tuple[int, ...]:
+    """One frame a second; where those are too many or a count is given, from equal parts' middles.
+
+    A video shorter than its step gives its first frame.
+    """
+    total = info.num_frames
+    if settings.num_frames is not None:
+        return _middles(range(total), settings.num_frames)
+    step = max(1, round(info.fps / (settings.fps or 1.0)))
+    frames = range(0, total, step)
+    if len(frames) < (settings.min_frames or 1):
+        return _middles(range(total), settings.min_frames or 1)
+    return _middles(frames, settings.max_frames or MAX_VIDEO_FRAMES)
+
+
+def _middles(frames: Sequence[int], most: int) -> tuple[int, ...]:
+    if len(frames) <= most:
+        return tuple(frames)
+    gap = len(frames) / most
+    return tuple(frames[int(i * gap + gap / 2)] for i in range(most))
 
 
 @lru_cache(maxsize=256)

@@ -26,6 +26,7 @@ from pipeline.models.rope import rope_config
 from pipeline.models.vision.grids import Grid
 from pipeline.models.vision.plan import upload
 from pipeline.models.vision.qwen import QwenTower, TowerConfig
+from pipeline.models.vision.views import resize_frames
 from pipeline.rows import ImageLayout
 
 MAX_TOWER_TOKENS = 16_384  # of a video, in one pass of the tower
@@ -191,11 +192,9 @@ class QwenVL(Model):
 
 def _sized(image: Tensor, layout: ImageLayout) -> Tensor:
     """The image, or each frame of a video, in the layout's size."""
-    if image.dim() == 3:
-        return resize(image, layout.height, layout.width)
-    if image.shape[1:3] == (layout.height, layout.width):
-        return image
-    return torch.stack([resize(frame, layout.height, layout.width) for frame in image])
+    if layout.clip is not None:
+        return resize_frames(image, layout)
+    return resize(image, layout.height, layout.width)
 
 
 def build(checkpoint: Checkpoint, family: spec.QwenVL, weights: Weights) -> QwenVL:
