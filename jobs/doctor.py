@@ -26,6 +26,7 @@ OPTIONAL = {
     "gcsfs": "for gs:// addresses",
     "av": "for videos",
     "soundfile": "for audio",
+    "soxr": "for audio",
 }
 
 _ASK_TORCH = """

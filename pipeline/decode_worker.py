@@ -1,4 +1,4 @@
-"""One decoding process for images and videos: tasks in by socket, pixels by shared memory.
+"""One decoding process for images, videos and recordings: tasks by socket, results by memory.
 
 Reads the encoded bytes from the spool by path and offset and writes RGB rows to where the task
 says. Started by `decode_pool` as a fresh interpreter. Knows no row and no order. Imports no torch.
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from pipeline.audio import read_samples
 from pipeline.errors import EngineError, RowError
 from pipeline.images import decode_image
 from pipeline.video import Limits, read_frames
@@ -45,21 +46,33 @@ class Task(NamedTuple):
     place: int
     frames: Sequence[int] = ()  # of a video: which of its frames
     timeout_sec: float = 0.0
+    num_samples: int = 0  # of a recording
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[height, width, 3] of an image, [frames, height, width, 3] of a video."""
+        """[height, width, 3] of an image, with frames before it of a video.
+
+        [samples, 4] of a recording: the bytes of float32 values.
+        """
+        if self.num_samples:
+            return self.num_samples, 4
         size = self.out_height, self.out_width, 3
         return (len(self.frames), *size) if self.frames else size
 
     @property
     def out_bytes(self) -> int:
-        return 3 * self.out_width * self.out_height * max(1, len(self.frames))
+        return math.prod(self.shape)
 
 
 def decode_into(out: np.ndarray, task: Task, max_pixels: int) -> None:
-    """Write the task's image or frames, resized as the official processors call Pillow."""
+    """Write the task's image or frames, resized as the official processors call Pillow.
+
+    Or the task's samples.
+    """
     data = _spooled(task)
+    if task.num_samples:
+        np.copyto(out, read_samples(data, task.num_samples).view(np.uint8).reshape(-1, 4))
+        return
     if not task.frames:
         np.copyto(out, np.asarray(_sized(decode_image(data, max_pixels), task)))
         return

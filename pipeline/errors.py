@@ -12,7 +12,8 @@ CODES = MappingProxyType(
         # input
         "missing_image": "The row has no image although the job reads one.",
         "missing_video": "The row has no video although the job reads one.",
-        "missing_file": "The path of an image or video does not exist or cannot be read.",
+        "missing_audio": "The row has no recording although the job reads one.",
+        "missing_file": "The file that a path names does not exist or cannot be read.",
         "bad_row": "The row's values have types that the job cannot use.",
         "bad_messages": "The messages column does not hold OpenAI-style turns.",
         "bad_prompt": "The prompt cannot be filled from the row's columns.",
@@ -24,7 +25,7 @@ CODES = MappingProxyType(
         "truncated_image": "The image ends before its last pixel.",
         "corrupt_image": "The image cannot be decoded.",
         "image_too_large": "The image has more pixels than input.max_pixels.",
-        "file_too_large": "The file has more bytes than input.max_bytes or max_video_bytes.",
+        "file_too_large": "The file has more bytes than its kind's limit in the input settings.",
         "bad_aspect_ratio": "The image is longer than the model accepts for its width.",
         "too_many_images": "The row has more images than input.max_images.",
         # videos
@@ -40,6 +41,12 @@ CODES = MappingProxyType(
         "video_timeout": "The video was not read within input.video_timeout_sec.",
         # recordings
         "empty_audio": "The recording has no bytes, or too few samples to hear.",
+        "not_audio": "The bytes are no recording of a supported format.",
+        "truncated_audio": "The recording ends before the end that its header names.",
+        "corrupt_audio": "The recording cannot be decoded.",
+        "audio_too_long": "The recording lasts longer than input.max_audio_sec.",
+        "audio_timeout": "The recording was not measured within input.video_timeout_sec.",
+        "too_many_audios": "The row has more recordings than input.max_audios or the model take.",
         # remote images and videos
         "remote_disabled": "The image or video is a URL and input.remote is off.",
         "remote_forbidden": "The URL leads to a private or local address.",

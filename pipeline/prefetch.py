@@ -87,13 +87,14 @@ class ImageLoader:
         """The addresses that preparing the row will ask for."""
         if row.error is not None:
             return []
-        refs = (*row.images, *row.videos)
+        refs = (*row.images, *row.videos, *row.audios)
         if row.messages is not None:
             try:
                 refs = message_turns(row, None)[1]
             except RowError:
                 return []
-        limit = self._settings.max_images + self._settings.max_videos
+        settings = self._settings
+        limit = settings.max_images + settings.max_videos + settings.max_audios
         named = [ref for ref in refs[:limit] if ref.path]
         return [ref for ref in named if not str(ref.path).startswith("data:")]
 

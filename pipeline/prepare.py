@@ -116,7 +116,9 @@ class Preparer:
             raise RowError("missing_image")
         if self._settings.input.video is not None and not row.videos:
             raise RowError("missing_video")
-        stored = self._media(shard, (*row.images, *row.videos))
+        if self._settings.input.audio is not None and not row.audios:
+            raise RowError("missing_audio")
+        stored = self._media(shard, (*row.images, *row.videos, *row.audios))
         return [self._prompt_request(shard, row, name, stored) for name in wanted]
 
     def _prompt_request(
@@ -133,9 +135,10 @@ class Preparer:
     def _media(
         self, shard: str, refs: Sequence[ImageRef]
     ) -> list[tuple[EncodedImage, ImageLayout]]:
-        """Images and videos in the order of `refs`, stored and laid out."""
+        """Images, videos and recordings in the order of `refs`, stored and laid out."""
         settings = self._settings.input
         limits = {"image": settings.max_images, "video": settings.max_videos}
+        limits["audio"] = settings.max_audios
         counts = {kind: sum(ref.kind == kind for ref in refs) for kind in limits}
         for kind, limit in limits.items():
             if counts[kind] > limit:
@@ -143,12 +146,19 @@ class Preparer:
                 raise RowError(f"too_many_{kind}s", message)
             if counts[kind] and kind not in self._family.takes:
                 raise RowError("unsupported_input", f"The model takes no {kind}s.")
+        read = {"video": self._video, "audio": self._audio}
         return [
-            self._video(shard, ref)
-            if ref.kind == "video"
+            read[ref.kind](shard, ref)
+            if ref.kind in read
             else self._image(shard, ref, counts["image"])
             for ref in refs
         ]
+
+    def _audio(self, shard: str, ref: ImageRef) -> tuple[EncodedImage, ImageLayout]:
+        data = self._load(ref)
+        layout = self._family.audio_layout(self._prober.probe_audio(data))
+        digest, path, offset, num_bytes = self._store.add(shard, data)
+        return EncodedImage(digest, layout.width, layout.height, path, offset, num_bytes), layout
 
     def _video(self, shard: str, ref: ImageRef) -> tuple[EncodedImage, ImageLayout]:
         data = self._load(ref)

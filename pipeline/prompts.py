@@ -17,7 +17,7 @@ from pipeline.settings import LabelSettings
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _NAME = re.compile(r"[^{}!:.\[\]\s\"',][^{}!:.\[\]\"',]*")
-_ROW_MEDIA = re.compile(r"(image|video)(?::(\d+))?")
+_ROW_MEDIA = re.compile(r"(image|video|audio)(?::(\d+))?")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -86,15 +86,15 @@ def prompt_columns(settings: LabelSettings) -> tuple[str, ...]:
 
 
 def prompt_turns(text: str, num_media: int, system: str | None) -> tuple[Turn, ...]:
-    """System text, then one user turn: the images and videos in order, then the text."""
+    """System text, then one user turn: images, videos and recordings, then the text."""
     user = Turn("user", (*range(num_media), text))
     return (user,) if system is None else (Turn("system", (system,)), user)
 
 
 def message_turns(row: Row, system: str | None) -> tuple[tuple[Turn, ...], tuple[ImageRef, ...]]:
-    """Turns of the row's messages, and the images and videos they use in order of appearance.
+    """Turns of the row's messages, and the images and the like that they use, in their order.
 
-    Raises RowError bad_messages, and missing_image or missing_video for what the row lacks.
+    Raises RowError bad_messages, and missing_image, _video or _audio for what the row lacks.
     """
     reader = _Messages(row)
     turns = [reader.turn(message) for message in _message_list(row.messages)]
@@ -121,12 +121,12 @@ def _message_list(messages: Any) -> Sequence[Any]:
 
 
 class _Messages:
-    """Reads turns and collects their images and videos, each once."""
+    """Reads turns and collects their images, videos and recordings, each once."""
 
     def __init__(self, row: Row) -> None:
         self._row = row
-        self._own = {"image": row.images, "video": row.videos}
-        self._next = {"image": 0, "video": 0}  # of the row's own, for a part without a name
+        self._own = {"image": row.images, "video": row.videos, "audio": row.audios}
+        self._next = dict.fromkeys(self._own, 0)  # of the row's own, for a part without a name
         self._numbers: dict[tuple[str, str, Any], int] = {}
         self.media: list[ImageRef] = []
 
@@ -143,7 +143,7 @@ class _Messages:
             raise RowError("bad_messages", f"The {role} turn's content is no text and no list.")
         parts = tuple(self._part(part) for part in content)
         if role != "user" and any(isinstance(part, int) for part in parts):
-            message = f"Images and videos stand in user turns, not in the {role} turn."
+            message = f"Images and the like stand in user turns, not in the {role} turn."
             raise RowError("bad_messages", message)
         return Turn(role, parts)
 
@@ -161,8 +161,8 @@ class _Messages:
         if kind in ("video_url", "input_video", "video"):
             address = part.get("video_url") or part.get("video") or part.get("url")
             return self._medium("video", address)
-        if kind in ("input_audio", "audio"):
-            raise RowError("unsupported_input", f"Parts of type {kind!r} are not supported here.")
+        if kind in ("input_audio", "audio_url", "audio"):
+            return self._medium("audio", _recording(part))
         raise RowError("bad_messages", f"A content part of type {kind!r} is not understood.")
 
     def _medium(self, kind: str, address: Any) -> int:
@@ -195,3 +195,11 @@ class _Messages:
             return self._numbers[key]
         self.media.append(self.media[self._numbers[key]])
         return len(self.media) - 1
+
+
+def _recording(part: Mapping[str, Any]) -> Any:
+    """The address of a part's recording; OpenAI's `input_audio` brings the bytes in base64."""
+    inner = part.get("input_audio")
+    if isinstance(inner, Mapping) and isinstance(inner.get("data"), str):
+        return f"data:audio/{inner.get('format', 'wav')};base64,{inner['data']}"
+    return inner or part.get("audio_url") or part.get("audio") or part.get("url")

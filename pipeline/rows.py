@@ -27,11 +27,11 @@ class RequestKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One image or video as the source names it: exactly one of `data` and `path` is set."""
+    """One image, video or recording by the source: exactly one of `data` and `path` is set."""
 
     data: bytes | None = None
     path: str | None = None  # local path, fsspec address or URL
-    kind: str = "image"  # image | video
+    kind: str = "image"  # image | video | audio
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,12 @@ class Row:
     messages: Any = None
     error: RowError | None = None  # the source could not read this row
     videos: tuple[ImageRef, ...] = ()
+    audios: tuple[ImageRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """An image or video still encoded (by `prepare`): its bytes lie in the spool at `offset`."""
+    """An image, video or recording still encoded: its bytes lie in the spool at `offset`."""
 
     digest: bytes  # 16 bytes, of the encoded content
     width: int  # pixels as shown: after EXIF orientation, or a video's rotation
@@ -132,7 +133,7 @@ class ImageLayout:
 
 @dataclass(frozen=True, slots=True)
 class PlacedImage:
-    """An image or video of a request: its block is `[start, start + layout.num_tokens)`."""
+    """An image or the like of a request: its block is `[start, start + layout.num_tokens)`."""
 
     image: EncodedImage
     layout: ImageLayout
@@ -157,7 +158,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation; `parts` are texts and numbers of images and videos."""
+    """One turn of a conversation; `parts` are texts and numbers of images and the like."""
 
     role: str  # system | user | assistant
     parts: tuple[str | int, ...]

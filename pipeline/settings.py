@@ -46,7 +46,7 @@ class InputSettings(Settings):
     id: str | None = Field(None, description="Id column; default is file and row number.")
     image: str | None = Field("image", description="Image column; null for rows without.")
     video: str | None = Field(None, description="Video column; image is then null by default.")
-    audio: str | None = Field(None, description="Audio column.")
+    audio: str | None = Field(None, description="Audio column; image is then null by default.")
     keep: tuple[str, ...] = Field((), description="Columns carried into the output.")
     messages: str | None = Field(None, description="Column of OpenAI-style turns.")
     base_path: str | None = Field(None, description="Folder that relative image paths start from.")
@@ -60,13 +60,18 @@ class InputSettings(Settings):
     video_timeout_sec: float = Field(
         60.0, gt=0, le=100, description="Patience with decoding one video."
     )
-    remote: bool = Field(False, description="Fetch http(s) addresses of images and videos.")
+    max_audios: int = Field(8, ge=1, description="Recordings of one row at most.")
+    max_audio_bytes: int = Field(
+        256 << 20, ge=1, description="Encoded bytes of a recording at most."
+    )
+    max_audio_sec: float = Field(1800.0, gt=0, description="Seconds a recording lasts at most.")
+    remote: bool = Field(False, description="Fetch http(s) addresses of images, videos, audio.")
     remote_timeout_sec: float = Field(20.0, gt=0, description="Patience with one address.")
 
     @model_validator(mode="before")
     @classmethod
-    def _videos_without_images(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("video") is not None:
+    def _others_without_images(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (value.get("video") or value.get("audio")):
             return {"image": None, **value}
         return value
 

@@ -52,9 +52,11 @@ class _Index(NamedTuple):
 
 
 def load(ref: ImageRef, settings: InputSettings) -> bytes:
-    """The encoded bytes of an image or a video, by the rules of `images.load`."""
-    from pipeline import images
+    """The encoded bytes of an image, video or recording, by the rules of `images.load`."""
+    from pipeline import audio, images
 
+    if ref.kind == "audio":
+        return audio.load(ref, settings)
     if ref.kind != "video":
         return images.load(ref, settings)
     if not ref.data and not ref.path:

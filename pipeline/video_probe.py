@@ -1,4 +1,4 @@
-"""Measures videos in a process of its own: a broken one cannot take the job down with it.
+"""Measures videos and recordings in a process of its own: a broken one cannot harm the job.
 
 `VideoProber` is this side: it sends the bytes and waits, within a limit, for the answer; `main` is
 the other side, with a limit on its memory. Knows no model and no row. Imports no torch.
@@ -15,7 +15,7 @@ import threading
 import time
 from typing import Any
 
-from pipeline import helper_process
+from pipeline import audio, helper_process
 from pipeline.errors import CODES, EngineError, RowError
 from pipeline.rows import VideoInfo
 from pipeline.settings import InputSettings
@@ -37,7 +37,9 @@ class VideoProber:
 
     def __init__(self, settings: InputSettings) -> None:
         self._limits = limits_of(settings)
-        self._memory = MEMORY_BYTES + 2 * settings.max_video_bytes
+        self._max_audio_sec = settings.max_audio_sec
+        largest = max(settings.max_video_bytes, settings.max_audio_bytes)
+        self._memory = MEMORY_BYTES + 2 * largest
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._lock = threading.Lock()
@@ -50,26 +52,34 @@ class VideoProber:
             raise RowError(code, str(answer))
         return VideoInfo(*answer)
 
+    def probe_audio(self, data: bytes) -> int:
+        """Samples of a recording at 16 kHz. Raises: RowError."""
+        with self._lock:
+            code, answer = self._answer(data, self._max_audio_sec)
+        if code is not None:
+            raise RowError(code.replace("video_timeout", "audio_timeout"), str(answer))
+        return int(answer)
+
     def close(self) -> None:
         """End the process."""
         with self._lock:
             self._end(_GRACE_SEC)
 
-    def _answer(self, data: bytes) -> tuple[str | None, Any]:
+    def _answer(self, data: bytes, audio_sec: float | None = None) -> tuple[str | None, Any]:
         """The process's answer; where the process dies it is asked once more, of a new one."""
         for _ in range(MAX_CRASHES):
             try:
-                return self._ask(data)
+                return self._ask(data, audio_sec)
             except TimeoutError:
                 self._end(0)
                 return "video_timeout", CODES["video_timeout"]
             except (OSError, ValueError):  # it died
                 self._end(0)
-        return "worker_crash", "The video brought the process that measures videos down twice."
+        return "worker_crash", "The file brought the process that measures such files down twice."
 
-    def _ask(self, data: bytes) -> tuple[str | None, Any]:
+    def _ask(self, data: bytes, audio_sec: float | None) -> tuple[str | None, Any]:
         link = self._socket or self._start()
-        head = {"num_bytes": len(data), "limits": self._limits}
+        head = {"num_bytes": len(data), "limits": self._limits, "audio_sec": audio_sec}
         link.settimeout(self._limits.timeout_sec + _GRACE_SEC)
         link.sendall(json.dumps(head).encode() + b"\n")
         link.sendall(data)
@@ -119,12 +129,15 @@ def main(connection: int, memory: str) -> None:
         for line in stream:
             head = json.loads(line)
             data = stream.read(head["num_bytes"])
-            stream.write(json.dumps(_answer(data, Limits(*head["limits"]))).encode() + b"\n")
+            told = _answer(data, Limits(*head["limits"]), head["audio_sec"])
+            stream.write(json.dumps(told).encode() + b"\n")
             stream.flush()
 
 
-def _answer(data: bytes, limits: Limits) -> tuple[str | None, object]:
+def _answer(data: bytes, limits: Limits, audio_sec: float | None) -> tuple[str | None, object]:
     try:
+        if audio_sec is not None:
+            return None, audio.probe(data, audio_sec)
         info = probe(data, limits)
     except RowError as error:
         return error.code, str(error)

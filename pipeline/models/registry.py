@@ -94,7 +94,7 @@ FAMILIES = (
         example="openbmb/MiniCPM-o-2_6",
         templates=("minicpmo",),
         weights_gb=17.4,
-        takes=("image", "video"),
+        takes=("image", "video", "audio"),
     ),
     Entry(
         name="smolvlm",

@@ -137,14 +137,16 @@ class Source(ABC):
         return [name for name in available if name in needed]
 
     def media(self, available: Collection[str]) -> dict[str, str]:
-        """The columns of images and of videos that a file has, by kind."""
-        named = {"image": self.settings.image, "video": self.settings.video}
+        """The columns of images, videos and recordings that a file has, by kind."""
+        s = self.settings
+        named = {"image": s.image, "video": s.video, "audio": s.audio}
         return {kind: name for kind, name in named.items() if name and name in available}
 
     def check_columns(self, available: Collection[str], path: str) -> None:
         """Raises the UserError that names a missing column and the nearest one there is."""
         asked = {"input.id": self.settings.id, "input.image": self.settings.image}
         asked |= {"input.messages": self.settings.messages, "input.video": self.settings.video}
+        asked["input.audio"] = self.settings.audio
         asked |= {f"input.keep[{i}]": name for i, name in enumerate(self.settings.keep)}
         asked |= {f"the prompts' {{{name}}}": name for name in sorted(self._asked or ())}
         for key, name in asked.items():
@@ -153,29 +155,31 @@ class Source(ABC):
 
     def make_row(
         self, path: str, start: int, number: int, record: Mapping[str, Any],
-        image: Any = None, video: Any = None,
+        image: Any = None, video: Any = None, audio: Any = None,
     ) -> Row:  # fmt: skip
         """The row of a record; a RowError among the values becomes the row's error."""
         row_id, error = f"{file_name(path)}:{number}", None
         images: tuple[ImageRef, ...] = ()
         videos: tuple[ImageRef, ...] = ()
+        audios: tuple[ImageRef, ...] = ()
         try:
             if self.settings.id is not None:
                 row_id = id_text(record.get(self.settings.id))
-            for value in (*record.values(), image, video):
+            for value in (*record.values(), image, video, audio):
                 if isinstance(value, RowError):
                     raise value
             images = media_refs(image, "image", self.settings.max_images)
             videos = media_refs(video, "video", self.settings.max_videos)
+            audios = media_refs(audio, "audio", self.settings.max_audios)
         except RowError as raised:
             error = raised
             record = {k: None if isinstance(v, RowError) else v for k, v in record.items()}
         messages = record.get(self.settings.messages) if self.settings.messages else None
-        return Row(row_id, number - start, record, images, messages, error, videos)
+        return Row(row_id, number - start, record, images, messages, error, videos, audios)
 
 
 def take_media(record: dict[str, Any], media: Mapping[str, str]) -> dict[str, Any]:
-    """The cells of the record's images and videos by kind, taken out of it."""
+    """The cells of the record's images and the like by kind, taken out of it."""
     return {kind: record.pop(name, None) for kind, name in media.items()}
 
 

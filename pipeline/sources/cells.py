@@ -55,7 +55,7 @@ def id_text(value: Any) -> str:
 
 
 def media_refs(cell: Any, kind: str, limit: int) -> tuple[ImageRef, ...]:
-    """One cell's images or videos: bytes, a {bytes, path} struct, a path or URL, or a list."""
+    """One cell's images or the like: bytes, a {bytes, path} struct, a path or URL, or a list."""
     if not isinstance(cell, list | tuple):
         ref = _ref(cell, kind)
         return () if ref is None else (ref,)

@@ -5,12 +5,19 @@ The official numbers are recorded (`tests/helpers/recorded.py`). CPU, float32.
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
+from PIL import Image
 from transformers import WhisperFeatureExtractor
 
 from pipeline.errors import RowError, UserError
@@ -24,6 +31,7 @@ from pipeline.models.registry import family_for
 from pipeline.rows import ImageLayout, Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
+from tests.helpers.job_folder import JobFolder
 from tests.helpers.minicpm_checkpoint import write_minicpm_o
 from tests.helpers.parity import Prompt, difference, open_ours, our_logits, our_tokens
 from tests.helpers.recorded import recording
@@ -128,3 +136,67 @@ def test_another_template_is_refused(folder: Path) -> None:
     settings = ModelSettings(id=str(folder), chat_template="minicpmv")
     with pytest.raises(UserError, match="'minicpmo'"):
         family_for(Checkpoint.open(settings), settings)
+
+
+def _wav(num_samples: int, seed: int, kind: str = "WAV") -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, samples_of(Wave(num_samples, seed)), 16_000, format=kind)
+    return out.getvalue()
+
+
+def _png(width: int, height: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels_of(Picture(width, height))).save(out, "PNG")
+    return out.getvalue()
+
+
+def _run(folder: Path, work: Path, table: pa.Table, **columns: Any) -> list[dict[str, Any]]:
+    pq.write_table(table, work / "in.parquet")
+    config = {
+        "model": {"id": str(folder)},
+        "input": {"path": str(work / "in.parquet"), "base_path": str(work), **columns},
+        "generation": {"max_new_tokens": 5},
+        "engine": {"device": "cpu", "workers": 1},
+        "output": {"path": str(work / "out")},
+    }
+    if "messages" not in columns:
+        config["prompts"] = {"said": "What is said?", "count": "How many speak?"}
+    (work / "job.yaml").write_text(json.dumps(config))
+    job = JobFolder(work, len(table), work / "job.yaml", work / "out")
+    ended = job.run(env={"VLM_BATCH_LABELLER": "pipeline.labeller:Labeller"})
+    assert ended.returncode == 0, ended.stderr
+    return job.content()
+
+
+def test_run_with_recordings(folder: Path, tmp_path: Path) -> None:
+    """Bytes and paths of three formats, a broken one and none at all."""
+    (tmp_path / "there.flac").write_bytes(_wav(20_000, 2, "FLAC"))
+    sounds = [
+        {"bytes": _wav(9000, 1), "path": None},
+        {"bytes": None, "path": "there.flac"},
+        {"bytes": _wav(30_000, 3, "MP3"), "path": None},
+        {"bytes": _wav(9000, 1)[:5000], "path": None},
+        None,
+    ]
+    rows = _run(folder, tmp_path, pa.table({"audio": sounds}), audio="audio")
+    assert [row["said"] is not None for row in rows] == [True, True, True, False, False]
+    assert "truncated_audio" in str(rows[3])
+    assert "missing_audio" in str(rows[4])
+
+
+def test_run_with_messages(folder: Path, tmp_path: Path) -> None:
+    """OpenAI's parts of sound, one beside a picture; a second recording is too many."""
+    data = base64.b64encode(_wav(9000, 1)).decode()
+    picture = "data:image/png;base64," + base64.b64encode(_png(90, 60)).decode()
+    parts = [
+        {"type": "image_url", "image_url": {"url": picture}},
+        {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}},
+    ]
+    talks = [
+        [{"role": "user", "content": [*parts, {"type": "text", "text": "What is said?"}]}],
+        [{"role": "user", "content": [parts[1], parts[1], {"type": "text", "text": "And?"}]}],
+    ]
+    table = pa.table({"talk": [json.dumps(talk) for talk in talks]})
+    one, two = _run(folder, tmp_path, table, messages="talk", image=None)
+    assert one["answer"] is not None
+    assert "too_many_audios" in str(two)

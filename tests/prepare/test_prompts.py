@@ -131,7 +131,7 @@ def test_the_jobs_system_text_stands_in() -> None:
         ([{"role": "user", "content": [{"type": "image", "image": 3}]}], "bad_messages"),
         ([{"role": "user", "content": [{"type": "image", "image": "image:2"}]}], "missing_image"),
         ([{"role": "user", "content": [{"type": "video", "video": "video:2"}]}], "missing_video"),
-        ([{"role": "user", "content": [{"type": "input_audio"}]}], "unsupported_input"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}], "missing_audio"),
     ],
 )
 def test_messages_that_are_none(messages: Any, code: str) -> None:

@@ -42,6 +42,7 @@ class MiniCPMO(MiniCPM):
     name = "minicpm-o"
     templates = ("minicpmo",)
     template = minicpmo.TEMPLATE
+    takes = frozenset({"image", "video", "audio"})
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
         super().__init__(checkpoint, settings)
@@ -70,8 +71,12 @@ class MiniCPMO(MiniCPM):
 
     def pieces(self, turns: Sequence[Turn], layouts: Sequence[ImageLayout]) -> tuple[Piece, ...]:
         """A prompt with sound has no default system text and opens a spoken answer."""
-        if not any(layout.sound is not None for layout in layouts):
+        sounds = sum(layout.sound is not None for layout in layouts)
+        if not sounds:
             return super().pieces(turns, layouts)
+        if sounds > 1:
+            # NOTE: the reference joins those of a turn and lets others' lengths change features.
+            raise RowError("too_many_audios", "The model takes one recording a row.")
         return self.numbered(render(minicpmo.SPOKEN, turns), layouts)
 
 

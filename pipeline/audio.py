@@ -1,0 +1,144 @@
+"""Recordings through libsndfile: how long they are, and their samples as models hear them.
+
+That is mono float32 at 16 kHz, mixed and resampled as librosa does by default. A recording is a
+stranger's and the decoders are native code, so `probe` runs in `video_probe`'s process and
+`read_samples` in the feeder's workers. Knows no model and no row. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import RowError
+from pipeline.rows import ImageRef
+
+if TYPE_CHECKING:
+    from pipeline.settings import InputSettings
+
+RATE = 16_000
+FORMATS = frozenset({"WAV", "WAVEX", "RF64", "W64", "FLAC", "MP3", "OGG", "AIFF"})
+_BLOCK_VALUES = 1 << 20  # decoded at once, over all channels
+_SPARE_SEC = 0.1  # by which an MP3's end may miss what its header says
+_MIN_RATE, _MAX_RATE = 1_000, 768_000
+
+
+def load(ref: ImageRef, settings: InputSettings) -> bytes:
+    """The encoded bytes, by the rules of `images.load`. Raises: RowError."""
+    from pipeline import images
+
+    if not ref.data and not ref.path:
+        raise RowError("empty_audio" if ref.data is not None else "missing_audio")
+    try:
+        limits = {"max_bytes": settings.max_audio_bytes}
+        return images.load(ref, settings.model_copy(update=limits))
+    except RowError as error:
+        if error.code == "file_too_large":
+            message = f"The recording has more than {settings.max_audio_bytes} bytes."
+            raise RowError(error.code, message) from None
+        renamed = {"empty_image": "empty_audio", "missing_image": "missing_audio"}
+        renamed |= {"not_an_image": "not_audio", "corrupt_image": "corrupt_audio"}
+        if error.code in renamed:
+            raise RowError(renamed[error.code]) from None
+        raise
+
+
+def probe(data: bytes, max_sec: float) -> int:
+    """Samples that `read_samples` will give, by the header. Raises: RowError."""
+    with _opened(data) as file:
+        if _is_cut(data):
+            raise RowError("truncated_audio")
+        if file.frames <= 0:
+            raise RowError("empty_audio", "The recording has no samples.")
+        if file.frames > max_sec * file.samplerate:
+            seconds = file.frames / file.samplerate
+            message = f"The recording lasts {seconds:.0f} seconds, more than {max_sec:g}."
+            raise RowError("audio_too_long", message)
+        return _resampled_length(file.frames, file.samplerate)
+
+
+def read_samples(data: bytes, num_samples: int) -> np.ndarray:
+    """float32 [num_samples], which is what `probe` has told. Raises: RowError."""
+    with _opened(data) as file:
+        rate, expected = file.samplerate, file.frames
+        mono = _mono(file)
+    if len(mono) < expected - _SPARE_SEC * rate:
+        message = f"The recording ends after {len(mono) / rate:.1f} of {expected / rate:.1f} s."
+        raise RowError("truncated_audio", message)
+    if not np.isfinite(mono).all():
+        raise RowError("corrupt_audio", "The recording has samples that are no numbers.")
+    if rate != RATE:
+        mono = _resampled(mono, rate)
+    # What the header has promised: a few samples of silence, or less, make up the difference.
+    out = np.zeros(num_samples, np.float32)
+    out[: len(mono)] = mono[:num_samples]
+    return out
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Any]:
+    """The file; libsndfile's errors become RowErrors."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.format not in FORMATS:
+                message = f"Recordings of the format {file.format} are not read."
+                raise RowError("not_audio", message)
+            if not _MIN_RATE <= file.samplerate <= _MAX_RATE:
+                raise RowError("corrupt_audio", f"{file.samplerate} samples a second are none.")
+            yield file
+    except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
+        raise _explained(data, error) from None
+
+
+def _explained(data: bytes, error: Exception) -> RowError:
+    text = str(error)
+    if "not recognised" in text or "unknown" in text.lower() or not _has_mark(data):
+        return RowError("not_audio")
+    return RowError("corrupt_audio", f"The recording cannot be decoded: {text}")
+
+
+def _has_mark(data: bytes) -> bool:
+    """Whether the bytes begin as one of the formats."""
+    starts = (b"RIFF", b"RF64", b"riff", b"fLaC", b"ID3", b"OggS", b"FORM")
+    return data.startswith(starts) or (len(data) > 1 and data[0] == 0xFF and data[1] >= 0xE0)
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether a WAV's or AIFF's frame names more bytes than there are; live streams name none."""
+    orders = {b"RIFF": "little", b"FORM": "big"}
+    if (order := orders.get(data[:4])) is None:
+        return False
+    named = int.from_bytes(data[4:8], "little" if order == "little" else "big")
+    return named < 0x7FFFFFFF and named + 8 > len(data) + 1
+
+
+def _mono(file: Any) -> np.ndarray:
+    """The mean of the channels, decoded block by block, up to the header's length."""
+    rows = max(1, _BLOCK_VALUES // file.channels)
+    parts: list[np.ndarray] = [np.zeros(0, np.float32)]
+    left = file.frames
+    while left > 0:
+        block = file.read(min(rows, left), dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        left -= len(block)
+        parts.append(block[:, 0] if file.channels == 1 else block.mean(1))
+    return np.concatenate(parts)
+
+
+def _resampled_length(frames: int, rate: int) -> int:
+    return frames if rate == RATE else math.ceil(frames * RATE / rate)
+
+
+def _resampled(samples: np.ndarray, rate: int) -> np.ndarray:
+    import soxr
+
+    found: np.ndarray = soxr.resample(samples, rate, RATE, quality="HQ")
+    return found

@@ -1,0 +1,154 @@
+"""Recordings of every format to samples; broken ones to codes, measured in a process of its own."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from pipeline import audio
+from pipeline.errors import RowError
+from pipeline.rows import ImageRef
+from pipeline.settings import InputSettings
+from pipeline.video_probe import VideoProber
+
+SETTINGS = InputSettings(path="-", audio="audio", max_audio_sec=20.0)
+LIMIT = 20.0
+
+
+def tone(frames: int, rate: int = 16_000, channels: int = 1) -> np.ndarray:
+    time = np.arange(frames) / rate
+    waves = [0.4 * np.sin(2 * np.pi * 220 * (c + 1) * time) for c in range(channels)]
+    return np.stack(waves, 1).astype(np.float32)
+
+
+def encoded(samples: np.ndarray, rate: int = 16_000, kind: str = "WAV", **how: str) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, samples, rate, format=kind, **how)
+    return out.getvalue()
+
+
+def samples_of(data: bytes) -> np.ndarray:
+    return audio.read_samples(data, audio.probe(data, LIMIT))
+
+
+def test_plain_samples_come_as_they_are() -> None:
+    samples = tone(5000)
+    assert (samples_of(encoded(samples, subtype="FLOAT")) == samples[:, 0]).all()
+    assert np.abs(samples_of(encoded(samples, kind="FLAC")) - samples[:, 0]).max() < 1e-4
+
+
+@pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_channels_are_averaged_and_rates_resampled(rate: int, channels: int) -> None:
+    samples = tone(rate * 2 + 7, rate, channels)
+    found = samples_of(encoded(samples, rate, subtype="FLOAT"))
+    expected = soxr.resample(samples.mean(1), rate, 16_000, quality="HQ")
+    assert len(found) == -(-len(samples) * 16_000 // rate)
+    assert np.abs(found[: len(expected)] - expected[: len(found)]).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3", "OGG", "AIFF", "RF64"])
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_formats(kind: str, rate: int) -> None:
+    samples = tone(rate * 3, rate, 2)
+    found = samples_of(encoded(samples, rate, kind))
+    assert abs(len(found) - 48_000) < 16_000 * 0.15
+    assert found.dtype == np.float32
+    assert 0.15 < found.std() < 0.4
+
+
+def cut(data: bytes, share: float) -> bytes:
+    return data[: int(len(data) * share)]
+
+
+def wav_header(num_bytes: int, rate: int = 16_000, channels: int = 1) -> bytes:
+    block = 2 * channels
+    fields = struct.pack("<HHIIHH", 1, channels, rate, (rate * block) & 0xFFFFFFFF, block, 16)
+    head = b"RIFF" + struct.pack("<I", (num_bytes + 36) & 0xFFFFFFFF) + b"WAVEfmt "
+    return head + struct.pack("<I", 16) + fields + b"data" + struct.pack("<I", num_bytes)
+
+
+LONG = tone(16_000 * 10)
+NAN = np.full((900, 1), np.nan, np.float32)
+SILENCE = np.zeros((8000 * 2000, 1), np.int16)
+BROKEN = {
+    "noise": (np.random.default_rng(0).bytes(5000), {"not_audio"}),
+    "text": (b"this is no recording at all", {"not_audio"}),
+    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), {"not_audio"}),
+    "cut flac": (cut(encoded(LONG, kind="FLAC"), 0.5), {"truncated_audio", "corrupt_audio"}),
+    "cut wav": (cut(encoded(LONG), 0.5), {"truncated_audio"}),
+    "cut aiff": (cut(encoded(LONG, kind="AIFF"), 0.5), {"truncated_audio"}),
+    "cut mp3": (cut(encoded(LONG, kind="MP3"), 0.5), {"truncated_audio"}),
+    "cut header": (encoded(LONG)[:20], {"not_audio", "corrupt_audio", "empty_audio"}),
+    "no samples": (encoded(LONG[:0]), {"empty_audio"}),
+    "numberless": (encoded(NAN, subtype="FLOAT"), {"corrupt_audio"}),
+    "too long": (encoded(tone(16_000 * 21)), {"audio_too_long"}),
+    "too long, unheard": (encoded(SILENCE, 8000, "FLAC"), {"audio_too_long"}),
+    "absurd rate": (wav_header(2000, rate=3) + bytes(2000), {"corrupt_audio", "audio_too_long"}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_ones_have_a_code(name: str) -> None:
+    data, codes = BROKEN[name]
+    with pytest.raises(RowError) as caught:
+        samples_of(data)
+    assert caught.value.code in codes
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3", "OGG"])
+def test_damage_is_an_error_or_samples(kind: str) -> None:
+    """Whatever is cut or changed: the promised samples, all of them numbers, or a RowError."""
+    whole = encoded(tone(16_000 * 2), kind=kind)
+    rng = np.random.default_rng(1)
+    for trial in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), 4):
+            data[place] = rng.integers(0, 256)
+        damaged = cut(bytes(data), rng.uniform(0.05, 1.0) if trial % 2 else 1.0)
+        try:
+            expected = audio.probe(damaged, LIMIT)
+            found = audio.read_samples(damaged, expected)
+        except RowError:
+            continue
+        assert len(found) == expected
+        assert np.isfinite(found).all()
+
+
+@pytest.fixture(scope="module")
+def prober() -> Iterator[VideoProber]:
+    prober = VideoProber(SETTINGS)
+    yield prober
+    prober.close()
+
+
+def test_the_process_that_measures(prober: VideoProber) -> None:
+    assert prober.probe_audio(encoded(tone(44_100, 44_100), 44_100)) == 16_000
+    for name, (data, codes) in BROKEN.items():
+        if name in ("noise", "text", "no samples", "too long"):
+            with pytest.raises(RowError) as caught:
+                prober.probe_audio(data)
+            assert caught.value.code in codes
+    assert prober.probe_audio(encoded(tone(123))) == 123
+
+
+def test_loading(tmp_path: object) -> None:
+    data = encoded(tone(900))
+    assert audio.load(ImageRef(data=data, kind="audio"), SETTINGS) == data
+    for ref, code in [
+        (ImageRef(data=b"", kind="audio"), "empty_audio"),
+        (ImageRef(path="", kind="audio"), "missing_audio"),
+        (ImageRef(path=f"{tmp_path}/none.wav", kind="audio"), "missing_file"),
+    ]:
+        with pytest.raises(RowError) as caught:
+            audio.load(ref, SETTINGS)
+        assert caught.value.code == code
+    small = SETTINGS.model_copy(update={"max_audio_bytes": 100})
+    with pytest.raises(RowError, match="more than 100 bytes"):
+        audio.load(ImageRef(data=data, kind="audio"), small)
