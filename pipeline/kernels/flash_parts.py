@@ -1,10 +1,17 @@
-"""Two steps that both attention kernels over the cache share: scores of a block, and the running
-softmax. Knows no segment and no mask.
+"""Steps that the attention kernels over the cache share: where a key lies, scores of a block, and
+the running softmax. Knows no mask.
 """
 
 from __future__ import annotations
 
 from pipeline.kernels.backend import tl, triton
+
+
+@triton.jit
+def key_places(key, entry):
+    """Cache places of the sequence's keys `key`; `entry` is the segment part of a plan's table."""
+    shift = tl.where(key < tl.load(entry), tl.load(entry + 2), tl.load(entry + 3))
+    return key + tl.where(key < tl.load(entry + 1), shift, tl.load(entry + 4))
 
 
 @triton.jit

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from pipeline.kernels.backend import next_power_of_2, tl, triton
 from pipeline.kernels.decode_attention import DecodePlan, join_splits
-from pipeline.kernels.flash_parts import fold_block
-from pipeline.kernels.prefill_attention import BLOCK_Q, PrefillPlan
+from pipeline.kernels.flash_parts import fold_block, key_places
+from pipeline.kernels.prefill_attention import BLOCK_Q, TABLE_WIDTH, PrefillPlan
 from pipeline.kernels.rope import rotate
 
 HEADS = 16  # of one program; fewer heads are padded
@@ -165,7 +165,7 @@ def _decode_triton(q: Tensor, cache: Tensor, plan: DecodePlan, scale: float, rop
 @triton.jit
 def _prefill_kernel(
     q_ptr, cache_ptr, out_ptr, blocks_ptr, table_ptr, scale, q_stride,
-    NUM_HEADS: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr, SEGMENTS: tl.constexpr,
+    NUM_HEADS: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
     PER_BLOCK: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -174,9 +174,10 @@ def _prefill_kernel(
     run = tl.load(blocks_ptr + block * 2)
     first = tl.load(blocks_ptr + block * 2 + 1) + tl.program_id(0) % PER_BLOCK * TOKENS
     DIM: tl.constexpr = ROPE + RANK
-    entry = table_ptr + run * (3 + 2 * SEGMENTS)
+    entry = table_ptr + run * WIDTH
     q_start = tl.load(entry)
     q_length = tl.load(entry + 1)
+    position = tl.load(entry + 2)
     pair = tl.arange(0, TOKENS * ROWS)
     token = first + pair // ROWS
     head = tl.program_id(1) * ROWS + pair % ROWS
@@ -190,29 +191,20 @@ def _prefill_kernel(
     best = tl.full([TOKENS * ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([TOKENS * ROWS], tl.float32)
     acc = tl.zeros([TOKENS * ROWS, BLOCK_L], tl.float32)
-    busy = first < q_length  # the run's last block may hold fewer queries
-    for s in tl.static_range(SEGMENTS):
-        start = tl.load(entry + 3 + 2 * s).to(tl.int64)
-        length = tl.load(entry + 4 + 2 * s)
-        stop = length
-        shift = length - q_length  # of the last segment: keys before the run's own
-        if s == SEGMENTS - 1:
-            stop = tl.minimum(length, first + TOKENS + shift)
-        stop = tl.where(busy, stop, 0)
-        for begin in range(0, stop, BLOCK_N):
-            key = begin + tl.arange(0, BLOCK_N)
-            valid = (key < stop)[:, None]
-            row = cache_ptr + (start + key)[:, None] * DIM
-            ropes = tl.load(row + turned[None, :], mask=valid & (turned < ROPE)[None, :], other=0.0)
-            latents = tl.load(
-                row + ROPE + latent[None, :], mask=valid & (latent < RANK)[None, :], other=0.0
-            )
-            scores = _scores(q_rope, q_latent, ropes, latents, scale)
-            seen = (key < stop)[None, :]
-            if s == SEGMENTS - 1:
-                seen = seen & (key[None, :] <= token[:, None] + shift)
-            scores = tl.where(seen, scores, float("-inf"))
-            best, norm, acc = fold_block(best, norm, acc, scores, latents)
+    stop = tl.minimum(tl.load(entry + 3), position + first + TOKENS)
+    stop = tl.where(first < q_length, stop, 0)  # the run's last block may hold fewer queries
+    for begin in range(0, stop, BLOCK_N):
+        key = begin + tl.arange(0, BLOCK_N)
+        valid = (key < stop)[:, None]
+        row = cache_ptr + key_places(key, entry + 4).to(tl.int64)[:, None] * DIM
+        ropes = tl.load(row + turned[None, :], mask=valid & (turned < ROPE)[None, :], other=0.0)
+        latents = tl.load(
+            row + ROPE + latent[None, :], mask=valid & (latent < RANK)[None, :], other=0.0
+        )
+        scores = _scores(q_rope, q_latent, ropes, latents, scale)
+        seen = (key[None, :] <= position + token[:, None]) & (key < stop)[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        best, norm, acc = fold_block(best, norm, acc, scores, latents)
     out = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     out_row = (q_start + token[:, None]).to(tl.int64) * NUM_HEADS + head[:, None]
     tl.store(
@@ -232,7 +224,7 @@ def _prefill_triton(q: Tensor, cache: Tensor, plan: PrefillPlan, scale: float, r
     per_block = BLOCK_Q // TOKENS
     _prefill_kernel[(len(plan.blocks) * per_block, triton.cdiv(heads, HEADS))](
         q, cache, out, plan.blocks, plan.table, scale, q.stride(0),
-        NUM_HEADS=heads, ROPE=rope, RANK=rank, SEGMENTS=plan.num_segments, PER_BLOCK=per_block,
+        NUM_HEADS=heads, ROPE=rope, RANK=rank, WIDTH=TABLE_WIDTH, PER_BLOCK=per_block,
         TOKENS=TOKENS, ROWS=HEADS, BLOCK_R=max(16, next_power_of_2(rope)),
         BLOCK_L=max(16, next_power_of_2(rank)), BLOCK_N=BLOCK_KV, num_warps=8, num_stages=2,
     )  # fmt: skip

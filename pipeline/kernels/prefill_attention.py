@@ -1,10 +1,11 @@
-"""Attention of packed runs of new tokens over keys and values in up to S segments of the cache.
+"""Attention of packed runs of new tokens over keys and values in up to three segments of the cache.
 
 A run sees all of its earlier segments (job prefix, group) and, causally, its last one, which its
 own tokens end. Tokens of one span (an image of Gemma) see each other; a sliding window cuts what
 lies too far back, and blocks wholly outside it are not read. Nothing is padded: a program takes one
-block of queries of one run. Source: Dao, "FlashAttention-2" (2023), algorithm 1. Knows no sequence
-and no schedule.
+block of queries of one run and reads the keys in blocks counted from the sequence's start, wherever
+its segments part, so that what a token computes does not depend on how its sequence is shared.
+Source: Dao, "FlashAttention-2" (2023), algorithm 1. Knows no sequence and no schedule.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch.nn import functional
 
 from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
 from pipeline.kernels.decode_attention import capped_attention
-from pipeline.kernels.flash_parts import block_scores, fold_block
+from pipeline.kernels.flash_parts import block_scores, fold_block, key_places
 
 BLOCK_Q = 128
 BLOCK_KV = 64
+MAX_SEGMENTS = 3
+TABLE_WIDTH = 4 + 2 * MAX_SEGMENTS - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +70,15 @@ class Rectangle:
 class PrefillPlan:
     """The runs of one batch; on a GPU also their blocks.
 
-    `blocks` [B, 2] int32: run, first query. `table` [R, 3 + 2 S] int32: q_start, q_length, the
-    number of keys before the run's own and the segments. `ahead` [T] int32 where a run has spans:
-    how many later keys a query sees.
+    `blocks` [B, 2] int32: run, first query. `table` [R, 9] int32: q_start, q_length, the number of
+    keys before the run's own and with them, then what `key_places` needs. `ahead` [T] int32 where a
+    run has spans: how many later keys a query sees.
     """
 
     runs: tuple[Run, ...]
     rectangles: tuple[Rectangle, ...] = ()
     blocks: Tensor | None = None
     table: Tensor | None = None
-    num_segments: int = 0
     ahead: Tensor | None = None
 
 
@@ -84,13 +86,10 @@ def plan_prefill(runs: Sequence[Run], device: torch.device, triton_path: bool) -
     """Lay out a batch's runs; made on the host, once a batch for all layers."""
     if not triton_path:
         return PrefillPlan(tuple(runs), tuple(_rectangles(runs, device)))
-    width = max(len(run.segments) for run in runs)
     table, blocks = [], []
     for number, run in enumerate(runs):
-        # NOTE: missing leading segments are empty, so that the causal one is always the last.
-        segments = ((0, 0),) * (width - len(run.segments)) + run.segments
-        before = sum(length for _, length in segments) - run.q_length
-        table.append([run.q_start, run.q_length, before, *(x for s in segments for x in s)])
+        total = sum(length for _, length in run.segments)
+        table.append([run.q_start, run.q_length, total - run.q_length, total, *_places(run)])
         # long blocks first: the tail of the grid is then short work
         blocks += [[number, q] for q in range(0, run.q_length, BLOCK_Q)]
     blocks.sort(key=lambda b: -b[1])
@@ -102,7 +101,14 @@ def plan_prefill(runs: Sequence[Run], device: torch.device, triton_path: bool) -
             ahead[run.q_start : run.q_start + run.q_length] = run.ahead()
         tables.append(ahead)
     on_device = [(t.pin_memory() if pinned else t).to(device, non_blocking=True) for t in tables]
-    return PrefillPlan(tuple(runs), (), on_device[0], on_device[1], width, *on_device[2:])
+    return PrefillPlan(tuple(runs), (), *on_device)
+
+
+def _places(run: Run) -> list[int]:
+    """Where the first two segments end in the sequence, and how far each lies from there."""
+    segments = ((0, 0),) * (MAX_SEGMENTS - len(run.segments)) + run.segments
+    (first, one), (second, two), (third, _) = segments
+    return [one, one + two, first, second - one, third - one - two]
 
 
 def prefill_attention(
@@ -167,80 +173,75 @@ def prefill_attention_reference(
 
 @triton.jit
 def _take_block(
-    best, norm, acc, q, k_ptr, v_ptr, begin, stop, earliest, latest, scale,
+    best, norm, acc, q, k_ptr, v_ptr, begin, entry, earliest, latest, total, scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold keys from `begin` in; MASKED: rows see those in [earliest, latest], before `stop`."""
+    """Fold the keys from `begin` in. MASKED: a row sees those in [earliest, latest]."""
     key = begin + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_D)
-    offset = key[:, None] * DIM + channel[None, :]
-    mask = (key < stop)[:, None] & (channel[None, :] < DIM) if MASKED else None
-    other = 0.0 if MASKED else None
-    scores = block_scores(q, tl.load(k_ptr + offset, mask=mask, other=other), scale, SOFTCAP)
+    offset = key_places(key, entry).to(tl.int64)[:, None] * DIM + channel[None, :]
     if MASKED:
+        mask = (key < total)[:, None] & (channel[None, :] < DIM)
+        scores = block_scores(q, tl.load(k_ptr + offset, mask=mask, other=0.0), scale, SOFTCAP)
         seen = (key[None, :] >= earliest[:, None]) & (key[None, :] <= latest[:, None])
-        scores = tl.where(seen & (key < stop)[None, :], scores, float("-inf"))
-    values = tl.load(v_ptr + offset, mask=mask, other=other)
+        scores = tl.where(seen & (key < total)[None, :], scores, float("-inf"))
+        values = tl.load(v_ptr + offset, mask=mask, other=0.0)
+    else:
+        scores = block_scores(q, tl.load(k_ptr + offset), scale, SOFTCAP)
+        values = tl.load(v_ptr + offset)
     return fold_block(best, norm, acc, scores, values)
 
 
 @triton.jit
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, table_ptr, ahead_ptr, head_stride, q_stride, scale,
-    HQ: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
+    HQ: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     block = tl.program_id(1)
-    run = tl.load(blocks_ptr + block * 2)
     first = tl.load(blocks_ptr + block * 2 + 1)
-    entry = table_ptr + run * (3 + 2 * SEGMENTS)
+    entry = table_ptr + tl.load(blocks_ptr + block * 2) * WIDTH
     q_start = tl.load(entry)
     q_length = tl.load(entry + 1)
     position = tl.load(entry + 2)
+    total = tl.load(entry + 3)
     row = first + tl.arange(0, BLOCK_M)
     channel = tl.arange(0, BLOCK_D)
     q_mask = (row[:, None] < q_length) & (channel[None, :] < DIM)
     q_offset = (q_start + row[:, None]).to(tl.int64) * q_stride + head * DIM + channel[None, :]
     q = tl.load(q_ptr + q_offset, mask=q_mask, other=0.0)
-    base_k = k_ptr + (head // GROUP).to(tl.int64) * head_stride
-    base_v = v_ptr + (head // GROUP).to(tl.int64) * head_stride
+    k_rows = k_ptr + (head // GROUP).to(tl.int64) * head_stride
+    v_rows = v_ptr + (head // GROUP).to(tl.int64) * head_stride
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    last = row  # the latest of the run's keys that a row sees
+    latest = position + row  # key that a row sees
     if SPANS:
-        last += tl.load(ahead_ptr + q_start + row, mask=row < q_length, other=0)
-    reach = tl.max(last, 0) + 1 if SPANS else first + BLOCK_M
-    shared = tl.min(last, 0) + 1 if SPANS else first + 1  # own keys that every row sees
-    before = 0  # keys in earlier segments
-    for s in tl.static_range(SEGMENTS):
-        start = tl.load(entry + 3 + 2 * s).to(tl.int64)
-        length = tl.load(entry + 4 + 2 * s)
-        shift = length - q_length  # of the last segment: keys before the run's own
-        stop = tl.minimum(length, reach + shift) if s == SEGMENTS - 1 else length
-        low = tl.maximum(position + first - WINDOW + 1 - before, 0) if WINDOW > 0 else 0
-        earliest = position + row - WINDOW + 1 - before if WINDOW > 0 else row * 0
-        latest = last + shift if s == SEGMENTS - 1 else row * 0 + length
-        # Blocks that every row sees whole need no mask.
-        full = low
-        if WINDOW == 0 and DIM == BLOCK_D:
-            full = tl.minimum(stop, shared + shift) if s == SEGMENTS - 1 else stop
-            full = tl.maximum(full, 0) // BLOCK_N * BLOCK_N
-        k_rows, v_rows = base_k + start * DIM, base_v + start * DIM
-        for begin in range(low, full, BLOCK_N):
-            best, norm, acc = _take_block(
-                best, norm, acc, q, k_rows, v_rows, begin, stop, earliest, latest, scale,
-                DIM, BLOCK_D, BLOCK_N, SOFTCAP, False,
-            )  # fmt: skip
-        for begin in range(full, stop, BLOCK_N):
-            best, norm, acc = _take_block(
-                best, norm, acc, q, k_rows, v_rows, begin, stop, earliest, latest, scale,
-                DIM, BLOCK_D, BLOCK_N, SOFTCAP, True,
-            )  # fmt: skip
-        before += length
+        latest += tl.load(ahead_ptr + q_start + row, mask=row < q_length, other=0)
+    stop = tl.minimum(total, tl.max(latest, 0) + 1)
+    earliest = row * 0
+    low = 0
+    if WINDOW > 0:
+        earliest = position + row - WINDOW + 1
+        low = tl.maximum(position + first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    # Blocks that every row sees whole need no mask.
+    full = low
+    if WINDOW == 0 and DIM == BLOCK_D:
+        shared = tl.min(latest, 0) + 1 if SPANS else position + first + 1
+        full = tl.maximum(tl.minimum(total, shared), 0) // BLOCK_N * BLOCK_N
+    for begin in range(low, full, BLOCK_N):
+        best, norm, acc = _take_block(
+            best, norm, acc, q, k_rows, v_rows, begin, entry + 4, earliest, latest, total, scale,
+            DIM, BLOCK_D, BLOCK_N, SOFTCAP, False,
+        )  # fmt: skip
+    for begin in range(full, stop, BLOCK_N):
+        best, norm, acc = _take_block(
+            best, norm, acc, q, k_rows, v_rows, begin, entry + 4, earliest, latest, total, scale,
+            DIM, BLOCK_D, BLOCK_N, SOFTCAP, True,
+        )  # fmt: skip
     out = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     out_offset = (q_start + row[:, None]).to(tl.int64) * HQ * DIM + head * DIM + channel[None, :]
     tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=q_mask)
@@ -262,7 +263,7 @@ def _prefill_triton(
     block_d = max(16, next_power_of_2(dim))
     _prefill_kernel[(num_heads, len(plan.blocks))](
         q, k, v, out, plan.blocks, plan.table, plan.ahead, k.stride(0), q.stride(0), scale,
-        HQ=num_heads, GROUP=num_heads // k.shape[0], DIM=dim, SEGMENTS=plan.num_segments,
+        HQ=num_heads, GROUP=num_heads // k.shape[0], DIM=dim, WIDTH=TABLE_WIDTH,
         BLOCK_D=block_d, BLOCK_M=BLOCK_Q, BLOCK_N=BLOCK_KV, WINDOW=window or 0,
         SOFTCAP=softcap or 0.0, SPANS=plan.ahead is not None,
         num_warps=8, num_stages=3 if block_d <= 128 else 2,
