@@ -14,6 +14,7 @@ from pipeline.engine.guided import Grammars
 from pipeline.engine.memory import size_engine
 from pipeline.engine.outcome import Outcomes
 from pipeline.errors import UserError
+from pipeline.kernels.backend import set_invariant
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.family import Family
 from pipeline.models.loading import load_model
@@ -56,12 +57,15 @@ def build_engine(
     settings: LabelSettings, checkpoint: Checkpoint, family: Family, tokenizer: Tokenizer
 ) -> Engine:
     """Load the model and divide the device. Raises UserError, EngineError."""
-    if settings.engine.deterministic:
-        raise UserError("engine.deterministic is not supported yet; leave it false.")
     device = choose_device(settings.engine)
     dtype = choose_dtype(settings.model.dtype, device)
     with torch.inference_mode():
+        set_invariant(settings.engine.deterministic)
         model = load_model(checkpoint, family, device, dtype, settings.model.quantization)
+        if settings.engine.deterministic and not model.invariant:
+            raise UserError(
+                f"engine.deterministic is not supported for {family.name} models; leave it false."
+            )
         sizes = size_engine(model, settings.engine)
         vocab = model.decoder.config.vocab_size
         outcomes = Outcomes(

@@ -17,6 +17,7 @@ from pipeline.engine.cross_cache import CrossCache
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.sampler import GREEDY, SamplerMode, sample
 from pipeline.engine.slots import Slots, to_device
+from pipeline.kernels.backend import invariant
 from pipeline.kernels.decode_attention import (
     DecodePlan,
     choose_splits,
@@ -30,6 +31,7 @@ from pipeline.models.base import Model
 from pipeline.models.decoder import Attend
 
 SMALLEST_GRAPH = 16  # lanes
+INVARIANT_LANES = 32  # for which lengths are split where lanes must not matter
 
 
 class DecodeAttend:
@@ -126,6 +128,8 @@ class Decoder:
             return 1
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         config = self.model.decoder.config
+        if invariant():
+            num_lanes = INVARIANT_LANES
         return choose_splits(num_lanes, config.num_kv_heads, self.max_length, sms)
 
     def _capture(self, size: int, mode: SamplerMode) -> Captured:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.kernels.backend import invariant, use_triton
+from pipeline.kernels.prefill_attention import Run, plan_prefill, prefill_attention
+
 
 @dataclass(frozen=True, slots=True)
 class Rectangle:
@@ -55,6 +58,8 @@ def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool = False
 ) -> Tensor:
     """`q` [T, Hq, D], `k`, `v` [T, Hk, D] -> [T, Hq, D]; tokens see their own run only."""
+    if invariant() and not causal and use_triton(q):
+        return _invariant_attention(q, k, v, plan, scale)
     if len(plan.rectangles) == 1 and plan.rectangles[0].index is None:
         return _dense(q, k, v, plan.rectangles[0], scale, causal).reshape(q.shape)
     out = torch.empty_like(q)
@@ -79,3 +84,25 @@ def _dense(
         q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2)
+
+
+def _invariant_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
+) -> Tensor:
+    """Through our own kernel, whose blocks do not depend on how many runs there are."""
+    order = [
+        torch.arange(r.start, r.start + r.count * r.length, device=q.device)
+        if r.index is None
+        else r.index
+        for r in plan.rectangles
+    ]
+    runs, start = [], 0
+    for rectangle in plan.rectangles:
+        for _ in range(rectangle.count):
+            whole = (0, rectangle.length)
+            runs.append(Run(start, rectangle.length, ((start, rectangle.length),), (whole,)))
+            start += rectangle.length
+    index = torch.cat(order)
+    keys, values = (x[index].transpose(0, 1).contiguous() for x in (k, v))
+    found = prefill_attention(q[index], keys, values, plan_prefill(runs, q.device, True), scale)
+    return torch.empty_like(found).index_copy_(0, index, found)

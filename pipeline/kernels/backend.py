@@ -26,7 +26,19 @@ except ImportError:  # no Triton wheel for this platform: the references still w
     triton = _Missing()
     tl = None
 
-__all__ = ["next_power_of_2", "tl", "triton", "use_triton"]
+__all__ = ["invariant", "next_power_of_2", "set_invariant", "tl", "triton", "use_triton"]
+
+_invariant = False
+
+
+def set_invariant(on: bool) -> None:
+    """Whether products and attention must give a row the same bits in every batch."""
+    global _invariant
+    _invariant = on
+
+
+def invariant() -> bool:
+    return _invariant
 
 
 def use_triton(tensor: torch.Tensor) -> bool:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
+from pipeline.kernels.backend import invariant, next_power_of_2, tl, triton, use_triton
+from pipeline.kernels.matmul import invariant_matmul
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -72,6 +73,8 @@ def scaled_product(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """`a` [N, K] and `b` [M, K] with their scales [N, 1], [M, 1] -> `a @ b.T + bias` [N, M]."""
+    if invariant():
+        return invariant_matmul(a, b, bias, dtype, a_scale, b_scale)
     if a.is_cuda:
         return torch._scaled_mm(
             a, b.t(), a_scale, b_scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True

@@ -79,7 +79,9 @@ def _matmul_kernel(
         a += BLOCK_K
         b += BLOCK_K
     if HAS_SCALE:
-        acc *= tl.load(a_scale_ptr + m % rows)[:, None] * tl.load(b_scale_ptr + n % columns)[None, :]
+        acc *= (
+            tl.load(a_scale_ptr + m % rows)[:, None] * tl.load(b_scale_ptr + n % columns)[None, :]
+        )
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n % columns).to(tl.float32)[None, :]
     out = out_ptr + m.to(tl.int64)[:, None] * columns + n[None, :]

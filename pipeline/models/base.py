@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class Model(ABC):
     """One checkpoint on one device."""
 
+    invariant = False  # `engine.deterministic` was proved for the family
+
     def __init__(self, family: Family, decoder: Decoder, embedding: Tensor) -> None:
         self.family = family
         self.decoder = decoder

@@ -12,7 +12,16 @@ import sys
 import pytest
 import torch
 
-from pipeline.kernels import backend, fp8, lanes, patchify, rms_norm, swiglu, window_attention
+from pipeline.kernels import (
+    backend,
+    fp8,
+    lanes,
+    matmul,
+    patchify,
+    rms_norm,
+    swiglu,
+    window_attention,
+)
 from pipeline.kernels.attention import plan_attention
 from pipeline.kernels.prefill_attention import Run, plan_prefill, prefill_attention
 
@@ -104,6 +113,27 @@ def test_prefill_attention(dim: int) -> None:
     found = prefill_attention(q, k, v, plan_prefill(runs, q.device, True), 0.2)
     expected = prefill_attention(q, k, v, plan_prefill(runs, q.device, False), 0.2)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantized", [False, True])
+def test_invariant_matmul(quantized: bool) -> None:
+    torch.manual_seed(0)
+    a, b, bias = (torch.randn(*s, device=DEVICE) for s in ((150, 100), (140, 100), (140,)))
+    scales: tuple[torch.Tensor, ...] = ()
+    if quantized:
+        (a, a_scale), (b, b_scale) = (fp8.quantize_rows_reference(x) for x in (a, b))
+        scales = (a_scale, b_scale)
+    whole = matmul.invariant_matmul(a, b, bias, torch.float32, *scales)
+    wide = [x.double() for x in (a, b)]
+    if quantized:
+        wide = [x * scale for x, scale in zip(wide, scales, strict=True)]
+    expected = (wide[0] @ wide[1].T + bias).float()
+    limit = 0.02 if quantized else 1e-4  # float8 products may accumulate in few bits
+    torch.testing.assert_close(whole, expected, atol=limit, rtol=limit)
+    few = (scales[0][:7].contiguous(), scales[1]) if quantized else ()
+    alone = matmul.invariant_matmul(a[:7].contiguous(), b, bias, torch.float32, *few)
+    assert torch.equal(alone, whole[:7])
 
 
 @needs_kernels

@@ -127,6 +127,8 @@ def _windows(text: Mapping[str, Any]) -> tuple[int | None, ...]:
 class QwenVL(Model):
     """A Qwen-VL checkpoint on one device."""
 
+    invariant = True
+
     def __init__(
         self, family: spec.QwenVL, decoder: Decoder, embedding: Tensor, tower: QwenTower
     ) -> None:
