@@ -2,8 +2,9 @@
 in float8 also the quantisation after it.
 
 Rounds as transformers' RMSNorm does: the sum in the input's type, the statistics in float32, the
-normalised value back in the input's type before the weight multiplies it. Source: Zhang and
-Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
+normalised value back in the input's type before the weight multiplies it; a wider weight (Gemma's
+1 + w) multiplies before that. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization"
+(2019), equation 4.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def rms_norm_reference(
     total = x if residual is None else x + residual
     wide = total.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight.dtype != x.dtype:
+        return (normed * weight).to(x.dtype), total
     return normed.to(x.dtype) * weight, total
 
 
@@ -60,7 +63,9 @@ def _rms_norm_kernel(
     wide = x.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / width + eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-    normed = (wide * scale).to(x_ptr.dtype.element_ty).to(tl.float32)
+    normed = wide * scale
+    if weight_ptr.dtype.element_ty == x_ptr.dtype.element_ty:
+        normed = normed.to(x_ptr.dtype.element_ty).to(tl.float32)
     y = (normed * weight.to(tl.float32)).to(x_ptr.dtype.element_ty)
     if QUANTIZE:
         wide = y.to(tl.float32)

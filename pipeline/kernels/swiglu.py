@@ -1,5 +1,5 @@
 """SwiGLU's elementwise half: `silu(gate) * up` from the merged projection's output; for products
-in float8 also the quantisation after it.
+in float8 also the quantisation after it. GEGLU's likewise, with the tanh form of GELU.
 
 Source: Shazeer, "GLU Variants Improve Transformer" (2020), section 2.
 """
@@ -19,8 +19,20 @@ BLOCK = 1024
 def swiglu(gate_up: Tensor) -> Tensor:
     """[..., 2 I] with the gate first -> [..., I]."""
     if use_triton(gate_up):
-        return _swiglu_triton(gate_up)
+        return _gated_triton(gate_up, gelu=False)
     return swiglu_reference(gate_up)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """[..., 2 I] with the gate first -> [..., I]."""
+    if use_triton(gate_up):
+        return _gated_triton(gate_up, gelu=True)
+    return geglu_reference(gate_up)
+
+
+def geglu_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.gelu(gate, approximate="tanh") * up
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -36,22 +48,26 @@ def swiglu_fp8(gate_up: Tensor) -> Quantized:
 
 
 @triton.jit
-def _swiglu_kernel(in_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _gated_kernel(in_ptr, out_ptr, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(in_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(in_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + row * width + column, (silu * up).to(out_ptr.dtype.element_ty), mask=inside)
+    turn = gate
+    if GELU:  # its tanh written as a sigmoid: 1.59… is 2 * sqrt(2 / pi)
+        turn = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    bent = (gate / (1.0 + tl.exp(-turn))).to(out_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + row * width + column, (bent * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _swiglu_triton(gate_up: Tensor) -> Tensor:
+def _gated_triton(gate_up: Tensor, gelu: bool) -> Tensor:
     width = gate_up.shape[-1] // 2
     rows = gate_up.reshape(-1, 2 * width).contiguous()
     out = torch.empty(len(rows), width, dtype=gate_up.dtype, device=gate_up.device)
     if len(rows):
-        _swiglu_kernel[(len(rows), triton.cdiv(width, BLOCK))](rows, out, width, BLOCK=BLOCK)
+        grid = (len(rows), triton.cdiv(width, BLOCK))
+        _gated_kernel[grid](rows, out, width, GELU=gelu, BLOCK=BLOCK)
     return out.view(*gate_up.shape[:-1], width)
 
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.kernels.head_norm import norm_heads
 from pipeline.models.cross import CrossParts, Shape, StateKeys
-from pipeline.models.layers import GatedMLP, Linear, RMSNorm, norm_heads
+from pipeline.models.layers import GatedMLP, Linear, RMSNorm
 from pipeline.models.loading import Weights
 from pipeline.models.mla import MlaConfig, take_mla
 from pipeline.models.moe import MoE, MoeConfig
@@ -287,7 +288,7 @@ class Decoder:
         qkv = layer.qkv(normed)
         if layer.head_norm is not None:
             heads = qkv.view(len(qkv), -1, self.config.head_dim)[:, : len(layer.head_norm)]
-            heads.copy_(norm_heads(heads, layer.head_norm, self.config.eps))
+            norm_heads(heads, layer.head_norm, self.config.eps)
         return qkv
 
     def logits(self, hidden: Tensor, wide: bool = True) -> Tensor:

@@ -85,7 +85,7 @@ def quantize_block(block: Any, norms: dict[str, str]) -> None:
 
 def _fuse(block: Any, name: str | None) -> None:
     norm = getattr(block, name) if name else None
-    if name and type(norm) is RMSNorm and not norm.offset:
+    if name and type(norm) is RMSNorm:
         setattr(block, name, Fp8RMSNorm(norm.weight, norm.eps))
 
 

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.kernels.linear import linear
 from pipeline.kernels.quick_gelu import quick_gelu
 from pipeline.kernels.rms_norm import rms_norm
-from pipeline.kernels.swiglu import swiglu
+from pipeline.kernels.swiglu import geglu, swiglu
 from pipeline.models.loading import Weights
 
 
@@ -127,20 +127,7 @@ class RMSNorm:
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the norm of `x` (+ `residual`), and what was normed."""
-        if not self.offset:
-            return rms_norm(x, self.weight, self.eps, residual)
-        if residual is not None:
-            x = x + residual
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype), x
-
-
-def norm_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS-normalise each head of `x` [T, H, D] with its own row of `weight` [H, D]."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if weight.dtype == x.dtype:
-        return weight * wide.to(x.dtype)
-    return (weight * wide).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 @dataclass(slots=True)
@@ -166,6 +153,8 @@ class GatedMLP:
         both = self.gate_up(x)
         if self.act == "silu":
             return self.down(swiglu(both))
+        if _ACTIVATIONS[self.act] is gelu_tanh:
+            return self.down(geglu(both))
         gate, up = both.chunk(2, dim=-1)
         return self.down(activation(self.act)(gate) * up)
 

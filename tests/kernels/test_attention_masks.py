@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ RUNS = (
     Run(299, 1, ((1, 90), (250, 1))),
 )
 STATES = (Run(0, 140, ((600, 40),), ((0, 140),)), Run(140, 9, ((7, 70), (300, 3)), ((0, 9),)))
-WINDOWS, CAPS = (None, 1, 17, 80), (None, 2.5)
+KINDS = ((None, None), (None, 2.5), (17, None), (80, 2.5), (1, None))  # window, soft cap
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float | None) -> Tensor:
@@ -57,69 +58,74 @@ def mask_of(run: Run, window: int | None) -> Tensor:
     return seen
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
+def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    k, v = torch.randn(2, KV_HEADS, PLACES, DIM)
-    return torch.randn(300, HEADS, DIM), k, v
+    k, v = torch.randn(2, KV_HEADS, PLACES, DIM).to(device)
+    return torch.randn(300, HEADS, DIM).to(device), k, v
 
 
 def keys_of(cache: Tensor, segments: Any) -> Tensor:
     return torch.cat([cache[:, s : s + n] for s, n in segments], 1).transpose(0, 1)
 
 
-def check_prefill(spans: bool) -> None:
-    q, k, v = inputs()
+def check_prefill(device: str, spans: bool) -> None:
+    q, k, v = inputs(device)
     runs = RUNS if spans else tuple(Run(r.q_start, r.q_length, r.segments) for r in RUNS)
     plan = prefill_plan_for(runs, q)
-    for window, softcap in product(WINDOWS, CAPS):
+    for window, softcap in KINDS if spans else KINDS[::2]:
         found = prefill_attention(q, k, v, plan, SCALE, window, softcap)
         for run in runs:
             rows = slice(run.q_start, run.q_start + run.q_length)
             keys, values = (keys_of(x, run.segments) for x in (k, v))
-            expected = dense(q[rows], keys, values, mask_of(run, window), softcap)
+            expected = dense(q[rows], keys, values, mask_of(run, window).to(device), softcap)
             torch.testing.assert_close(found[rows], expected, rtol=1e-4, atol=1e-5)
 
 
-def check_states() -> None:
-    q, k, v = inputs()
+def check_states(device: str) -> None:
+    q, k, v = inputs(device)
     found = prefill_attention(q, k, v, prefill_plan_for(STATES, q), SCALE)
     for run in STATES:
         rows = slice(run.q_start, run.q_start + run.q_length)
         keys, values = (keys_of(x, run.segments) for x in (k, v))
-        everything = torch.ones(run.q_length, len(keys), dtype=torch.bool)
+        everything = torch.ones(run.q_length, len(keys), dtype=torch.bool, device=device)
         expected = dense(q[rows], keys, values, everything, None)
         torch.testing.assert_close(found[rows], expected, rtol=1e-4, atol=1e-5)
 
 
-def check_decode(splits: int) -> None:
-    q, k, v = inputs()
+def check_decode(device: str, splits: int) -> None:
+    q, k, v = inputs(device)
     lanes = [
         ((1, 90), (500, 33), (300, 150)),
         ((0, 0), (0, 0), (7, 1)),
         ((0, 0), (1, 90), (600, 7)),
     ]
-    table = torch.tensor([*lanes, ((0, 0),) * 3], dtype=torch.int32)
+    table = torch.tensor([*lanes, ((0, 0),) * 3], dtype=torch.int32, device=device)
     plan = plan_decode(table, 300, splits)
-    for window, softcap in product(WINDOWS, CAPS):
+    for window, softcap in KINDS:
         found = decode_attention(q[:4].contiguous(), k, v, plan, SCALE, window, softcap)
         for lane, segments in enumerate(lanes):
             keys, values = (keys_of(x, segments) for x in (k, v))
-            seen = torch.arange(len(keys))[None] >= len(keys) - (window or len(keys))
+            seen = torch.arange(len(keys), device=device)[None] >= len(keys) - (window or len(keys))
             expected = dense(q[lane : lane + 1], keys, values, seen, softcap)
             torch.testing.assert_close(found[lane][None], expected, rtol=1e-4, atol=1e-5)
         assert not found[3].any(), "a lane without keys gives zeros"
 
 
-def check() -> None:
-    check_prefill(True)
-    check_prefill(False)
-    check_states()
-    check_decode(1)
-    check_decode(3)
+def check(device: str = "cpu") -> None:
+    check_prefill(device, True)
+    check_prefill(device, False)
+    check_states(device)
+    check_decode(device, 1)
+    check_decode(device, 3)
 
 
 def test_references() -> None:
     check()
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu() -> None:
+    check("cuda")
 
 
 def test_interpreted_kernels(root: Path) -> None:
