@@ -21,9 +21,11 @@ from pipeline.vocabularies import tokenizer_text
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.tiktoken")
+_CONFIGS = ("config.json", "params.json")
 _EDGE_BYTES = 64 << 10  # of a large file's head and tail, for its identity
 _PICKLED = (".bin", ".pth", ".pt")
+_IDENTIFYING = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".safetensors", *_PICKLED}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Checkpoint:
                 f"model.id {settings.id!r} is neither an existing folder nor a hub id"
                 " such as Qwen/Qwen2.5-VL-7B-Instruct"
             )
-        if not (checkpoint.folder / "config.json").is_file():
+        if not any((checkpoint.folder / name).is_file() for name in _CONFIGS):
             raise UserError(f"model.id {settings.id!r}: {checkpoint.folder} has no config.json")
         return checkpoint
 
@@ -62,7 +64,8 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        return self.json("config.json") or {}
+        """The content of config.json, or of Mistral's params.json where there is none."""
+        return self.json("config.json") or self.json("params.json") or {}
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -132,7 +135,8 @@ class Checkpoint:
             return f"{self.id}@{self.revision}"
         digest = hashlib.blake2b(digest_size=16)
         for file in sorted(path for path in self.folder.iterdir() if path.is_file()):
-            if file.suffix in {".json", ".jinja", ".model", ".txt", ".safetensors", *_PICKLED}:
+            named = file.name.startswith("tokenizer.model.v")
+            if named or file.suffix in _IDENTIFYING:
                 digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
                 digest.update(_edges(file))
         return f"folder:{digest.hexdigest()}"

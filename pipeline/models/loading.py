@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.models.family import Family
 
 Rename = Sequence[tuple[str, str]]  # (pattern, replacement): the first pattern that matches wins
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 # Buffers that old checkpoints carry and every model computes for itself.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|position_ids)$")
@@ -61,6 +62,7 @@ class Weights:
         self._stack = ExitStack()
         self._places: dict[str, tuple[Any, str]] = {}  # our name -> open file, its own name
         self._used: set[str] = set()
+        self._changes: list[tuple[re.Pattern[str], Change]] = []
         rules = [(re.compile(pattern), new) for pattern, new in rename]
         for path in files:
             self._add(Path(path), rules)
@@ -106,7 +108,14 @@ class Weights:
                 f"The tensor {own_name!r} has shape {found}, its config says {tuple(shape)}."
             )
         self._used.add(name)
+        for pattern, change in self._changes:
+            if pattern.search(name):
+                tensor = change(tensor)
         return tensor.to(self.device, dtype or self.dtype).contiguous()
+
+    def change(self, pattern: str, change: Change) -> None:
+        """Pass tensors whose names match through `change`, which keeps their shape, when taken."""
+        self._changes.append((re.compile(pattern), change))
 
     def take_rows(
         self, names: Sequence[str], rows: Sequence[int], columns: int | None, pad: int = 0

@@ -104,6 +104,13 @@ FAMILIES = (
         weights_gb=4.5,
     ),
     Entry(
+        name="pixtral",
+        spec="pipeline.models.families.pixtral.spec",
+        example="mistral-community/pixtral-12b",
+        templates=("mistral",),
+        weights_gb=25.4,
+    ),
+    Entry(
         name="llava",
         spec="pipeline.models.families.llava.spec",
         example="liuhaotian/llava-v1.5-13b",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.templates.render import Template
 
 TEMPLATE = Template(
@@ -14,6 +16,13 @@ TEMPLATE = Template(
     system_opens="last",
     alternate=True,
     stop=("</s>",),
+)
+
+# Pixtral Large: the system text has a frame, and each text a blank before it (the tokenizer's).
+LARGE = replace(
+    TEMPLATE,
+    control=(*TEMPLATE.control, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    system="[SYSTEM_PROMPT]{content}[/SYSTEM_PROMPT]",
 )
 
 LLAVA = Template(

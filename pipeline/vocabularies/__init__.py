@@ -20,8 +20,9 @@ from pipeline.vocabularies.tekken import from_tekken
 from pipeline.vocabularies.tiktoken import from_tiktoken
 
 Reader = Callable[[Path], dict[str, Any]]
-_READERS: dict[str, Reader] = {
+_READERS: dict[str, Reader] = {  # file name or pattern
     "tokenizer.model": from_model,
+    "tokenizer.model.v*": from_model,
     "tekken.json": from_tekken,
     "tiktoken.model": from_tiktoken,
     "merges.txt": from_merges,
@@ -37,8 +38,7 @@ def tokenizer_text(folder: Path) -> str:
     if ready.is_file():
         return ready.read_text("utf-8")
     for name, read in _READERS.items():
-        path = folder / name
-        if path.is_file():
+        for path in sorted(folder.glob(name)):
             return json.dumps(_with_added(_read(path, read), folder), ensure_ascii=False)
     names = ", ".join(("tokenizer.json", *_READERS))
     raise UserError(f"{folder} has no tokenizer: none of {names}")

@@ -1,0 +1,1 @@
+"""Pixtral 12B and Large."""

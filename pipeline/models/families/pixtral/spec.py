@@ -1,0 +1,218 @@
+"""Pixtral: detection, image layout, prompt, in transformers' layout and in Mistral's own.
+
+Mistral's own has params.json instead of config.json; its code cuts sizes and resizes otherwise than
+transformers', and each layout follows its own. The weights' side stands in `model.py`. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import RowError, UserError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.rows import ImageLayout, Turn, View
+from pipeline.settings import ModelSettings
+from pipeline.templates import mistral
+from pipeline.templates.render import Piece, render
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_DEFAULT_CONTEXT = 131_072
+_MISTRAL = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
+
+
+@dataclass(frozen=True)
+class TowerSizes:
+    """Sizes in values and pixels; `longest` is the longer side of an image at most."""
+
+    blocks: int
+    size: int
+    heads: int
+    inner: int
+    patch: int
+    longest: int
+    theta: float
+    act: str
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """True for the content of a params.json with Pixtral's own image tower."""
+    vision = config.get("vision_encoder") or {}
+    # NOTE: Mistral Small's has the same tower and another projector.
+    other = vision.get("spatial_merge_size", 1) != 1 or vision.get("mm_projector_id")
+    return {"dim", "n_layers", "n_heads"} <= config.keys() and bool(vision) and not other
+
+
+def matches(config: Mapping[str, Any]) -> bool:
+    """True for a Pixtral checkpoint, judged by its plain config.json or params.json."""
+    if is_original(config):
+        return True
+    named = "LlavaForConditionalGeneration" in (config.get("architectures") or [])
+    vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
+    return named and vision.get("model_type") == "pixtral" and text.get("model_type") == "mistral"
+
+
+def build(checkpoint: Checkpoint, settings: ModelSettings) -> Pixtral:
+    return Pixtral(checkpoint, settings)
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's keys by transformers' names; what is left out has its defaults."""
+    if not is_original(config):
+        return _MISTRAL | (config.get("text_config") or {})
+    return {
+        "hidden_size": config["dim"],
+        "intermediate_size": config["hidden_dim"],
+        "num_hidden_layers": config["n_layers"],
+        "num_attention_heads": config["n_heads"],
+        "num_key_value_heads": config.get("n_kv_heads", config["n_heads"]),
+        "head_dim": config["head_dim"],
+        "vocab_size": config["vocab_size"],
+        "rms_norm_eps": config["norm_eps"],
+        "rope_theta": config["rope_theta"],
+        "max_position_embeddings": config.get("max_seq_len") or _DEFAULT_CONTEXT,
+        "sliding_window": config.get("sliding_window"),
+    }
+
+
+def tower_sizes(config: Mapping[str, Any]) -> TowerSizes:
+    """The image tower's sizes, of either layout."""
+    original = is_original(config)
+    v = config["vision_encoder" if original else "vision_config"]
+    rope = v.get("rope_parameters") or {}
+    return TowerSizes(
+        blocks=v.get("num_hidden_layers", 24),
+        size=v.get("hidden_size", 1024),
+        heads=v.get("num_attention_heads", 16),
+        inner=v.get("intermediate_size", 4096),
+        patch=v.get("patch_size", 16),
+        longest=v.get("image_size", 1024),
+        theta=float(rope.get("rope_theta") or v.get("rope_theta") or 1e4),
+        act="silu" if original else v.get("hidden_act", "gelu"),
+    )
+
+
+class Pixtral(Family):
+    """A Pixtral checkpoint without its weights."""
+
+    name = "pixtral"
+    templates = ("mistral",)
+
+    def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
+        config = checkpoint.config
+        self.original = is_original(config)
+        if not self.original and config.get("vision_feature_layer", -1) != -1:
+            raise UserError(f"model.id {checkpoint.id!r}: only the tower's last layer is supported")
+        text, self.tower = text_config(config), tower_sizes(config)
+        # NOTE: the large one's tokenizer is SentencePiece, and its template a later one.
+        large = checkpoint.vocabulary_id("▁") is not None
+        self.template = mistral.LARGE if large else mistral.TEMPLATE
+        self._read_image_tokens(checkpoint)
+        self.context_length = int(text["max_position_embeddings"])
+        self.eos_token_ids = end_tokens(checkpoint, text, self.template)
+        self.default_sampling = default_sampling(checkpoint.generation_config)
+        self.sizes = _sizes(text, self.tower)
+        processor = checkpoint.preprocessor_config
+        size = processor.get("size") or {}
+        self.longest = int(size.get("longest_edge") or self.tower.longest)
+        self.image_mean = tuple(processor.get("image_mean") or _CLIP_MEAN)
+        self.image_std = tuple(processor.get("image_std") or _CLIP_STD)
+
+    def _read_image_tokens(self, checkpoint: Checkpoint) -> None:
+        """Ids of an image's patches, of the end of a row and of the end of the image."""
+        vision = checkpoint.config.get("vision_encoder") or {}
+        patch = vision.get("image_token_id", checkpoint.config.get("image_token_index"))
+        self.image_token_id = _token(checkpoint, "[IMG]", patch)
+        ends = vision.get("image_break_token_id"), vision.get("image_end_token_id")
+        self.break_token_id = _token(checkpoint, "[IMG_BREAK]", ends[0])
+        self.end_token_id = _token(checkpoint, "[IMG_END]", ends[1])
+
+    def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
+        """An image at most `longest` on each side, its sides rounded up to whole patches."""
+        ratio = max(height / self.longest, width / self.longest)
+        rows, columns = height, width
+        if ratio > 1:
+            cut = round if self.original else int
+            rows, columns = cut(height / ratio), cut(width / ratio)
+        if min(rows, columns) < 1:
+            raise RowError("bad_aspect_ratio", f"The image is {width}x{height}: too thin a line.")
+        patch = self.tower.patch
+        rows, columns = -(-rows // patch), -(-columns // patch)
+        size = (rows * patch, columns * patch)
+        # NOTE: a view keeps the workers from resizing: Mistral's own way of it is not Pillow's.
+        views = (View(*size, size),) if self.original else ()
+        return ImageLayout(*size, (1, rows, columns), rows * (columns + 1), views)
+
+    def image_tokens(self, layout: ImageLayout) -> np.ndarray:
+        """Rows of patches, each with its end; the last one's ends the image."""
+        _, rows, columns = layout.grid
+        block = np.full((rows, columns + 1), self.image_token_id, np.int32)
+        block[:, -1] = self.break_token_id
+        block[-1, -1] = self.end_token_id
+        return block.ravel()
+
+    def render(self, turns: Sequence[Turn]) -> tuple[Piece, ...]:
+        return render(self.template, [_normalised(turn) for turn in turns])
+
+
+def _token(checkpoint: Checkpoint, name: str, stated: int | None) -> int:
+    """The id that the config states, or the tokenizer's."""
+    found = checkpoint.token_id(name) if stated is None else stated
+    if found is None:
+        raise UserError(f"model.id {checkpoint.id!r}: the tokenizer has no {name!r}")
+    return int(found)
+
+
+def _normalised(turn: Turn) -> Turn:
+    """As Mistral's code takes a turn: one image after texts comes first, texts are paragraphs."""
+    parts = list(turn.parts)
+    if turn.role == "assistant" and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip(" ")
+    alone = len(parts) > 1 and all(isinstance(part, str) for part in parts[:-1])
+    if alone and isinstance(parts[-1], int):
+        parts = [parts[-1], *parts[:-1]]
+    joined: list[str | int] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            part = "\n\n" + part
+        joined.append(part)
+    return replace(turn, parts=tuple(joined))
+
+
+def _sizes(text: Mapping[str, Any], tower: TowerSizes) -> ModelSizes:
+    hidden, layers, heads = (
+        text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"],
+    )  # fmt: skip
+    kv_heads = text.get("num_key_value_heads") or heads
+    head_dim = text.get("head_dim") or hidden // heads
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    block = 4 * tower.size**2 + 3 * tower.size * tower.inner
+    return ModelSizes(
+        num_layers=layers,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        num_heads=heads,
+        decoder_params=layers * (attention + 3 * hidden * text["intermediate_size"]),
+        embedding_params=2 * hidden * text["vocab_size"],
+        vision_params=tower.blocks * block,
+        projector_params=tower.size * hidden + hidden**2,
+        patches_per_token=1,
+        vision_width=tower.size,
+        vision_full_blocks=tower.blocks,
+    )
