@@ -19,12 +19,11 @@ from typing import Any
 
 NEEDED = (
     "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "pillow", "datasets",
-    "huggingface-hub", "llguidance", "numpy",
+    "huggingface-hub", "llguidance", "numpy", "av",
 )  # fmt: skip
 OPTIONAL = {
     "s3fs": "for s3:// addresses",
     "gcsfs": "for gs:// addresses",
-    "av": "for videos",
     "soundfile": "for audio",
     "soxr": "for audio",
 }

@@ -30,6 +30,7 @@ _SEEKABLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})  # their key
 _MICROSECOND = Fraction(1, 1_000_000)
 _MAX_FPS = 1000
 _DEFAULT_FPS = 24.0  # of a video without any time, as the Qwen3-VL processor assumes
+_TROUBLE = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)
 _SHORTER = 0.9  # of the length that the container names, below which its end is missing
 
 
@@ -137,19 +138,17 @@ def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
             yield container, stream
     except MemoryError:
         raise RowError("video_too_large", "The video does not fit the memory.") from None
-    except (av.error.FFmpegError, ValueError) as error:
+    except (av.error.FFmpegError, *_TROUBLE) as error:
         raise _explained(data, error) from None
 
 
 def _explained(data: bytes, error: Exception) -> RowError:
     if _is_cut(data):
         return RowError("truncated_video")
-    text = str(error)
-    if "Invalid argument" in text and not _has_mark(data):  # not on the list of formats
-        return RowError("not_a_video")
     if not _has_mark(data):
         return RowError("not_a_video")
-    return RowError("video_unreadable", f"The video cannot be decoded: {text}.")
+    reason = getattr(error, "strerror", None) or error
+    return RowError("video_unreadable", f"The video cannot be decoded: {reason}.")
 
 
 def _has_mark(data: bytes) -> bool:

@@ -143,6 +143,8 @@ def _answer(data: bytes, limits: Limits, audio_sec: float | None) -> tuple[str |
         return error.code, str(error)
     except MemoryError:
         return "video_too_large", "The video does not fit the memory."
+    except Exception as error:  # noqa: BLE001 - a stranger's file, and this process goes on
+        return "video_unreadable", f"The video cannot be read: {type(error).__name__}."
     return None, (info.width, info.height, info.num_frames, info.fps)
 
 

@@ -1,7 +1,7 @@
-"""Rows of a folder of pictures: one row a file, with its name, path and folder as columns.
+"""Rows of a folder of pictures or videos: one row a file; name, path and folder are its columns.
 
-Every folder that holds pictures is an input file of the plan, its pictures sorted by name.
-Knows nothing of what is inside the pictures.
+Every folder that holds some is an input file of the plan, its files sorted by name. Knows nothing
+of what is inside them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,29 @@ from pipeline.stores import is_local
 
 _KINDS = "jpg jpeg png webp gif bmp tif tiff heic heif avif jxl jp2"  # some fail, none is skipped
 SUFFIXES = tuple(f".{kind}" for name in _KINDS.split() for kind in (name, name.upper()))
+_MOVING = "mp4 m4v mov mkv webm avi gif mpg mpeg ts wmv flv ogv 3gp"
+VIDEO_SUFFIXES = tuple(f".{kind}" for name in _MOVING.split() for kind in (name, name.upper()))
 COLUMNS = ("file_name", "path", "folder")
 
 
 class FolderSource(Source):
-    """`input.source: folder`."""
+    """`input.source: folder`; where `input.video` is set the files are videos."""
+
+    @property
+    def kind(self) -> str:
+        return "video" if self.settings.video else "image"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return VIDEO_SUFFIXES if self.settings.video else SUFFIXES
 
     def schema(self) -> pa.Schema:
         return pa.schema([(name, pa.string()) for name in self.wanted(COLUMNS)])
 
     def list_files(self) -> list[InputFile]:
-        found = files.expand(self.settings.path, SUFFIXES)
+        found = files.expand(self.settings.path, self.suffixes)
         folders = sorted({name.rpartition("/")[0] or "." for name in found})
-        self.check_columns({*COLUMNS, "image"}, folders[0] if folders else "a folder")
+        self.check_columns({*COLUMNS, self.kind}, folders[0] if folders else "a folder")
         return files.in_threads(self.describe, folders)
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
@@ -46,8 +56,9 @@ class FolderSource(Source):
             address = f"{path}/{name}"
             values = dict(zip(COLUMNS, (name, address, path), strict=True))
             record = {column: values[column] for column in columns}
-            image = os.path.abspath(address) if is_local(address) else address
-            yield self.make_row(path, start, number, record, image if self.settings.image else None)
+            whole = os.path.abspath(address) if is_local(address) else address
+            cells = {self.kind: whole} if self.settings.image or self.settings.video else {}
+            yield self.make_row(path, start, number, record, **cells)
 
     def beginning(self, path: str, num_rows: int) -> str | None:
         pictures = self._pictures(path)
@@ -63,8 +74,9 @@ class FolderSource(Source):
 
     def _pictures(self, folder: str) -> list[tuple[str, int]]:
         """(name, bytes) of the folder's own pictures that `input.path` means, sorted."""
+        kinds = self.suffixes
         try:
-            found = [(n, size) for n, size in files.list_folder(folder) if n.endswith(SUFFIXES)]
+            found = [(n, size) for n, size in files.list_folder(folder) if n.endswith(kinds)]
         except OSError as error:
             raise UserError(f"the folder {folder} cannot be listed: {error}.") from error
         masks = self._masks()
@@ -77,7 +89,7 @@ class FolderSource(Source):
         paths = self.settings.path
         names = [paths] if isinstance(paths, str) else list(paths)
         masks = [name.rstrip("/").rpartition("/")[2] for name in names]
-        return masks if all(mask.endswith(SUFFIXES) or "*" in mask for mask in masks) else []
+        return masks if all(mask.endswith(self.suffixes) or "*" in mask for mask in masks) else []
 
 
 def _digest(pictures: list[tuple[str, int]]) -> str:

@@ -1,8 +1,8 @@
 """Rows of WebDataset tar files: one row a sample, which is the files that share a key.
 
-Pictures of a sample are its images; a `.json` gives its keys as columns, text files give a column
-of their extension's name. Counting rows walks the headers, since a tar file has no index. Knows
-no other archive.
+Pictures of a sample are its images, and its videos where those are asked for; a `.json` gives its
+keys as columns, text files give a column of their extension's name. Counting rows walks the
+headers, since a tar file has no index. Knows no other archive.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pipeline.rows import Row
 from pipeline.sources import files
 from pipeline.sources.base import InputFile, Source, mark
 from pipeline.sources.folder import SUFFIXES as PICTURES
+from pipeline.sources.folder import VIDEO_SUFFIXES as VIDEOS
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # key, extension
 _TARS = (".tar", ".tar.gz", ".tgz")
@@ -39,7 +40,10 @@ class _Member(NamedTuple):
 
 
 class WebDatasetSource(Source):
-    """`input.source: webdataset`. `input.image` is `image` for every picture, or an extension."""
+    """`input.source: webdataset`. `input.image` is `image` for every picture, or an extension.
+
+    `input.video` likewise is `video` or an extension.
+    """
 
     def schema(self) -> pa.Schema:
         record = self._first_record()
@@ -82,26 +86,31 @@ class WebDatasetSource(Source):
         key: str,
         members: list[_Member],
     ) -> Row:
-        try:
-            images: Any = [self._picture(tar, m) for m in members if self._is_image(m)]
-        except RowError as error:
-            images = error
-        else:
-            images = None if not images else images[0] if len(images) == 1 else images
+        cells = {kind: self._media(tar, kind, members) for kind in ("image", "video")}
         record = _record(tar, key, members)
         wanted = {name: record[name] for name in self.wanted(list(record))}
-        return self.make_row(path, start, number, wanted, images)
+        return self.make_row(path, start, number, wanted, **cells)
 
-    def _is_image(self, member: _Member) -> bool:
-        chosen = self.settings.image
-        if chosen in (None, "image"):
-            return chosen is not None and f".{member.extension}".endswith(PICTURES)
+    def _media(self, tar: tarfile.TarFile, kind: str, members: list[_Member]) -> Any:
+        """The sample's images or videos: none, one, a list, or an error."""
+        try:
+            found = [self._whole(tar, kind, m) for m in members if self._is(kind, m)]
+        except RowError as error:
+            return error
+        return None if not found else found[0] if len(found) == 1 else found
+
+    def _is(self, kind: str, member: _Member) -> bool:
+        chosen = self.settings.image if kind == "image" else self.settings.video
+        if chosen in (None, kind):
+            suffixes = PICTURES if kind == "image" else VIDEOS
+            return chosen is not None and f".{member.extension}".endswith(suffixes)
         return member.extension == chosen
 
-    def _picture(self, tar: tarfile.TarFile, member: _Member) -> bytes:
-        if member.info.size > self.settings.max_bytes:
-            message = f"The image has more than {self.settings.max_bytes} bytes."
-            raise RowError("file_too_large", message)
+    def _whole(self, tar: tarfile.TarFile, kind: str, member: _Member) -> bytes:
+        settings = self.settings
+        limit = settings.max_bytes if kind == "image" else settings.max_video_bytes
+        if member.info.size > limit:
+            raise RowError("file_too_large", f"The {kind} has more than {limit} bytes.")
         return _content(tar, member)
 
     def _first_record(self) -> dict[str, Any]:
