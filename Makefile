@@ -32,8 +32,8 @@ test: $(STAMP) ## every test that needs no GPU and no patience
 test-slow: $(STAMP) ## the tests that take longer
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
-test-crash: $(STAMP) ## SIGKILL at 50 random moments and at every step of the commit
-	$(BIN)/python -m pytest -q -m "crash and not gpu"
+test-crash: $(STAMP) ## inject at least 500 faults at every step of a job, and count the rows
+	CRASH_MIN_FAULTS=500 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not gpu" tests/crash
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -31,7 +31,8 @@ class Member:
     number: int
     env: Mapping[str, str]
     process: subprocess.Popen[bytes] | None = None
-    deaths: int = 0  # without progress in between
+    deaths: int = 0  # in a row, of processes that made no progress
+    progressed: bool = False  # this process
     code: int | None = None
     heard_at: float = 0.0  # of the last progress
     result: dict[str, Any] = field(default_factory=dict)
@@ -87,15 +88,15 @@ class WorkerPool:
             if code in FINAL_CODES:
                 member.code = code
                 return
-            member.deaths += 1
+            member.deaths = 0 if member.progressed else member.deaths + 1
             self.progress.note(
-                f"worker {member.number} died ({_describe(code)}), death {member.deaths} "
-                f"without progress of {self.attempts} allowed"
+                f"worker {member.number} died ({_describe(code)}), "
+                f"{member.deaths} times without progress, of {self.attempts} allowed"
             )
             if self.stop or member.deaths >= self.attempts:
                 member.code = EXIT_STOPPED if self.stop else 1
                 return
-            self.stop.wait(RESTART_WAIT_SEC * 4 ** (member.deaths - 1))
+            self.stop.wait(RESTART_WAIT_SEC * 4 ** max(0, member.deaths - 1))
 
     def _live(self, member: Member) -> int:
         """One process from start to end; returns its exit status."""
@@ -112,6 +113,7 @@ class WorkerPool:
         with member.lock:
             member.process = process
         member.heard_at = time.monotonic()
+        member.progressed = False
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(self.config.encode() + b"\n")
@@ -131,7 +133,7 @@ class WorkerPool:
         told = json.loads(line)
         member.heard_at = time.monotonic()
         if "counts" in told or "alive" in told:
-            member.deaths = 0
+            member.progressed = True
         if "counts" in told:
             self.progress.add(Counts(**told["counts"]))
         if "stage" in told:

@@ -306,7 +306,7 @@ class Worker:
 
     def _attempt_failed(self, error: Exception) -> None:
         """Give the open shards back, and decide whether to try again."""
-        if not isinstance(error, EngineError | OSError):
+        if not isinstance(error, EngineError | OSError | MemoryError):
             log.warning("an error that no part of the pipeline expects", exc_info=error)
         self.progress.note(f"attempt failed: {_describe(error)}")
         with contextlib.suppress(Exception):  # the shards it concerns are given back below

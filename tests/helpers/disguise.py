@@ -1,4 +1,4 @@
-"""Makes a forked test process believe in another machine or another wall clock.
+"""Makes a forked test process believe in another machine, another wall clock, or less memory.
 
 FAKE_MACHINE   the name of the machine that it runs on (hosts cannot see each other's processes)
 FAKE_CLOCK     seconds that the wall clock jumps by, comma-separated, one after the other, a jump
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import time
 from collections.abc import Callable
 
@@ -19,6 +20,8 @@ def put_on() -> None:
         from jobs import leases
 
         leases.machine_id = lambda: machine
+    if memory := os.environ.get("FAKE_MEMORY"):
+        resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
     if jumps := os.environ.get("FAKE_CLOCK"):
         _jump([float(jump) for jump in jumps.split(",")])
 

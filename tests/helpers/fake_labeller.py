@@ -9,6 +9,7 @@ An answer depends on the row's id, the prompt and the seed alone. Select it with
     FAKE_KILL_AT      kill -9 the own process at this many answers
     FAKE_KILL_ROWS    kill -9 the own process whenever one of these row ids is met
     FAKE_HANG_ROWS    never answer these row ids
+    FAKE_EAT_ROWS     take 4 GiB of memory at these row ids
     FAKE_ERROR_AT     raise EngineError once, at this many answers
     FAKE_ERROR_ALWAYS raise EngineError at the first answer of every labeller
     FAKE_FAIL_ROWS    comma-separated row ids that end as failed with `corrupt_image`
@@ -47,6 +48,7 @@ class FakeLabeller:
         self.fail_rows = _names("FAKE_FAIL_ROWS")
         self.kill_rows = _names("FAKE_KILL_ROWS")
         self.hang_rows = _names("FAKE_HANG_ROWS")
+        self.eat_rows = _names("FAKE_EAT_ROWS")
         self.kill_at = int(os.environ.get("FAKE_KILL_AT", "0"))
         self.error_at = int(os.environ.get("FAKE_ERROR_AT", "0"))
         self.hang = "FAKE_HANG" in os.environ
@@ -105,6 +107,8 @@ class FakeLabeller:
     def _misbehave(self, row: Row) -> None:
         if row.row_id in self.kill_rows or self.num_answers == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if row.row_id in self.eat_rows:
+            assert bytearray(os.urandom(4096)) * (1 << 20)
         while row.row_id in self.hang_rows:
             time.sleep(1)
         once = self.num_answers == self.error_at and FakeLabeller.errors_raised == 0
