@@ -15,39 +15,65 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
+from pipeline.kernels.fp8 import quantize_rows, scaled_product
 from pipeline.kernels.swiglu import swiglu_reference
 
 CHUNK = 1024  # choices that the sorting program reads at once
 
 
-def routed_experts(
-    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    """`x` [T, H] through experts `chosen` [T, K], summed by `weights` float32 [T, K] -> [T, H].
+@dataclass(slots=True)
+class ExpertWeights:
+    """`gate_up` [E, 2 I, H] with the gate first, `down` [E, H, I]; in float8 with a scale a row."""
 
-    `gate_up` is [E, 2 I, H] with the gate first, `down` [E, H, I].
-    """
+    gate_up: Tensor
+    down: Tensor
+    gate_up_scale: Tensor | None = None  # float32 [E, 2 I]
+    down_scale: Tensor | None = None  # float32 [E, H]
+
+    def quantized(self) -> ExpertWeights:
+        values, scales = [], []
+        for weight in (self.gate_up, self.down):
+            value, scale = quantize_rows(weight.flatten(0, 1))
+            values.append(value.view(weight.shape))
+            scales.append(scale.view(weight.shape[:2]))
+        return ExpertWeights(*values, *scales)
+
+
+def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: ExpertWeights) -> Tensor:
+    """`x` [T, H] through experts `chosen` [T, K], summed by `weights` float32 [T, K] -> [T, H]."""
     if use_triton(x):
-        return _routed_triton(x, chosen, weights, gate_up, down)
-    return routed_experts_reference(x, chosen, weights, gate_up, down)
+        return _routed_triton(x, chosen, weights, experts)
+    return routed_experts_reference(x, chosen, weights, experts)
 
 
 def routed_experts_reference(
-    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor, chosen: Tensor, weights: Tensor, experts: ExpertWeights
 ) -> Tensor:
     top = chosen.shape[1]
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=len(down)).tolist()
+    counts = torch.bincount(flat, minlength=len(experts.down)).tolist()
     out = x.new_empty(len(flat), x.shape[1])
     start = 0
     for expert, count in enumerate(counts):
         if count:
             pairs = order[start : start + count]
-            inner = swiglu_reference(functional.linear(x[pairs // top], gate_up[expert]))
-            out[pairs] = functional.linear(inner, down[expert])
+            gate_up, down = experts.gate_up[expert], experts.down[expert]
+            s_up, s_down = (
+                None if s is None else s[expert]
+                for s in (experts.gate_up_scale, experts.down_scale)
+            )
+            inner = swiglu_reference(_product(x[pairs // top], gate_up, s_up))
+            out[pairs] = _product(inner, down, s_down)
             start += count
     return (out.view(len(x), top, -1).float() * weights[..., None]).sum(1).to(x.dtype)
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return functional.linear(x, weight)
+    values, by = quantize_rows(x)
+    return scaled_product(values, by, weight, scale[:, None], None, x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +131,9 @@ def _sort_kernel(
 
 @triton.jit
 def _gate_up_kernel(
-    x_ptr, weight_ptr, out_ptr, order_ptr, blocks_ptr, inner, hidden,
-    TOP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, order_ptr, blocks_ptr, inner, hidden,
+    TOP: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gathered tokens times gate and up, and their SwiGLU, in sorted order."""
     entry = blocks_ptr + tl.program_id(1) * 3
@@ -120,8 +147,9 @@ def _gate_up_kernel(
     token = tl.load(order_ptr + row, mask=valid, other=0) // TOP
     depth = tl.arange(0, BLOCK_K)
     x_row = x_ptr + token.to(tl.int64)[:, None] * hidden
-    gate_row = weight_ptr + (expert.to(tl.int64) * 2 * inner + column)[:, None] * hidden
-    up_row = gate_row + inner.to(tl.int64) * hidden
+    w_first = expert.to(tl.int64) * 2 * inner + column
+    gate_row = weight_ptr + w_first[:, None] * hidden
+    up_row = weight_ptr + (w_first + inner)[:, None] * hidden
     inside = (column < inner)[:, None]
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -132,6 +160,10 @@ def _gate_up_kernel(
         w_up = tl.load(up_row + at, mask=inside & (at < hidden), other=0.0)
         gate = tl.dot(x, tl.trans(w_gate), gate, input_precision="ieee")
         up = tl.dot(x, tl.trans(w_up), up, input_precision="ieee")
+    if SCALED:
+        by = tl.load(x_scale_ptr + token, mask=valid, other=0.0)[:, None]
+        gate *= by * tl.load(scale_ptr + w_first, mask=column < inner, other=0.0)[None, :]
+        up *= by * tl.load(scale_ptr + w_first + inner, mask=column < inner, other=0.0)[None, :]
     # NOTE: rounded between the steps, as separate products would be.
     kind = out_ptr.dtype.element_ty
     gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
@@ -142,7 +174,8 @@ def _gate_up_kernel(
 
 @triton.jit
 def _down_kernel(
-    x_ptr, weight_ptr, scale_ptr, out_ptr, order_ptr, blocks_ptr, hidden, inner,
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, by_ptr, out_ptr, order_ptr, blocks_ptr, hidden,
+    inner, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sorted rows times down, times the pair's weight, to the pair's own row."""
@@ -156,7 +189,8 @@ def _down_kernel(
     valid = row < stop
     depth = tl.arange(0, BLOCK_K)
     x_row = x_ptr + row.to(tl.int64)[:, None] * inner
-    w_row = weight_ptr + (expert.to(tl.int64) * hidden + column)[:, None] * inner
+    w_first = expert.to(tl.int64) * hidden + column
+    w_row = weight_ptr + w_first[:, None] * inner
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for begin in range(0, inner, BLOCK_K):
         at = (begin + depth)[None, :]
@@ -164,10 +198,13 @@ def _down_kernel(
         w = tl.load(w_row + at, mask=(column < hidden)[:, None] & (at < inner), other=0.0)
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
     pair = tl.load(order_ptr + row, mask=valid, other=0).to(tl.int64)
-    scale = tl.load(scale_ptr + pair, mask=valid, other=0.0)
+    by = tl.load(by_ptr + pair, mask=valid, other=0.0)
+    if SCALED:
+        by *= tl.load(x_scale_ptr + row, mask=valid, other=0.0)
+        acc *= tl.load(scale_ptr + w_first, mask=column < hidden, other=0.0)[None, :]
     out = out_ptr + pair[:, None] * hidden + column[None, :]
     mask = valid[:, None] & (column < hidden)[None, :]
-    tl.store(out, (acc * scale[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out, (acc * by[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def block_rows(pairs: int, num_experts: int) -> int:
@@ -175,25 +212,30 @@ def block_rows(pairs: int, num_experts: int) -> int:
     return min(128, max(16, next_power_of_2(pairs // num_experts)))
 
 
-def _routed_triton(
-    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
+def _routed_triton(x: Tensor, chosen: Tensor, weights: Tensor, experts: ExpertWeights) -> Tensor:
     tokens, hidden = x.shape
-    top, (experts, _, inner) = chosen.shape[1], down.shape
+    top, (count, _, inner) = chosen.shape[1], experts.down.shape
     if tokens == 0:
         return torch.empty_like(x)
-    size = block_rows(tokens * top, experts)
-    sorting = expert_blocks(chosen, experts, size)
+    size = block_rows(tokens * top, count)
+    sorting = expert_blocks(chosen, count, size)
+    table = (sorting.order, sorting.blocks)
     middle = x.new_empty(tokens * top, inner)
     out = x.new_empty(tokens, top, hidden)
+    scaled = experts.down_scale is not None
+    tiles: dict[str, int | bool] = {
+        "SCALED": scaled, "BLOCK_M": size, "BLOCK_K": 128 if scaled else 64,
+        "num_warps": 4 if size <= 64 else 8, "num_stages": 3,
+    }  # fmt: skip
     narrow, wide = 64, 128
-    warps = 4 if size <= 64 else 8
+    rows, by = quantize_rows(x) if scaled else (x.contiguous(), None)
     _gate_up_kernel[(triton.cdiv(inner, narrow), len(sorting.blocks))](
-        x.contiguous(), gate_up, middle, sorting.order, sorting.blocks, inner, hidden,
-        TOP=top, BLOCK_M=size, BLOCK_N=narrow, BLOCK_K=64, num_warps=warps, num_stages=3,
+        rows, by, experts.gate_up, experts.gate_up_scale, middle, *table, inner, hidden, TOP=top,
+        BLOCK_N=narrow, **tiles,
     )  # fmt: skip
+    rows, by = quantize_rows(middle) if scaled else (middle, None)
     _down_kernel[(triton.cdiv(hidden, wide), len(sorting.blocks))](
-        middle, down, weights.contiguous(), out, sorting.order, sorting.blocks, hidden, inner,
-        BLOCK_M=size, BLOCK_N=wide, BLOCK_K=64, num_warps=warps, num_stages=3,
+        rows, by, experts.down, experts.down_scale, weights.contiguous(), out, *table, hidden,
+        inner, BLOCK_N=wide, **tiles,
     )  # fmt: skip
     return out.sum(1)

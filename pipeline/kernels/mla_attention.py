@@ -15,8 +15,8 @@ from torch.nn import functional
 from pipeline.kernels.backend import next_power_of_2, tl, triton
 from pipeline.kernels.decode_attention import DecodePlan, join_splits
 from pipeline.kernels.flash_parts import fold_block, key_places
+from pipeline.kernels.mla_pack import turn_and_cache
 from pipeline.kernels.prefill_attention import BLOCK_Q, TABLE_WIDTH, PrefillPlan
-from pipeline.kernels.rope import rotate
 
 HEADS = 16  # of one program; fewer heads are padded
 TOKENS = 4  # of one program in prefill
@@ -26,13 +26,13 @@ BLOCK_KV = 32
 def mla_rope_and_cache(
     packed: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, places: Tensor
 ) -> Tensor:
-    """Rotate `packed` [T, (H + 1) D]: H queries and the new row; return the queries [T, H, D].
+    """Rotate `packed` [T, (H + 1) D], H queries and the new row, in place; return the queries.
 
-    The row goes to `cache` [N, D] at `places` [T] (int64).
+    They are [T, H, D]. The row goes to `cache` [N, D] at `places` [T] (int64).
     """
-    turned = rotate(packed.view(len(packed), -1, cache.shape[-1]), cos, sin)
-    cache.index_copy_(0, places, turned[:, -1])
-    return turned[:, :-1]
+    rows = packed.view(len(packed), -1, cache.shape[-1])
+    turn_and_cache(rows, cos, sin, cache, places)
+    return rows[:, :-1]
 
 
 def mla_decode(q: Tensor, cache: Tensor, plan: DecodePlan, scale: float, rope: int) -> Tensor:
@@ -157,7 +157,7 @@ def _decode_triton(q: Tensor, cache: Tensor, plan: DecodePlan, scale: float, rop
         q, cache, plan.segments, part, stat, scale, splits, q.stride(0),
         NUM_HEADS=heads, ROPE=rope, RANK=rank, SEGMENTS=plan.segments.shape[1], ROWS=HEADS,
         BLOCK_R=max(16, next_power_of_2(rope)), BLOCK_L=max(16, next_power_of_2(rank)),
-        BLOCK=BLOCK_KV, num_warps=4, num_stages=2,
+        BLOCK=16 if q.element_size() > 2 else BLOCK_KV, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out if single else join_splits(part, stat, out)
 
@@ -177,6 +177,8 @@ def _prefill_kernel(
     entry = table_ptr + run * WIDTH
     q_start = tl.load(entry)
     q_length = tl.load(entry + 1)
+    if first >= q_length:  # the run's last block may hold fewer queries
+        return
     position = tl.load(entry + 2)
     pair = tl.arange(0, TOKENS * ROWS)
     token = first + pair // ROWS
@@ -192,7 +194,6 @@ def _prefill_kernel(
     norm = tl.zeros([TOKENS * ROWS], tl.float32)
     acc = tl.zeros([TOKENS * ROWS, BLOCK_L], tl.float32)
     stop = tl.minimum(tl.load(entry + 3), position + first + TOKENS)
-    stop = tl.where(first < q_length, stop, 0)  # the run's last block may hold fewer queries
     for begin in range(0, stop, BLOCK_N):
         key = begin + tl.arange(0, BLOCK_N)
         valid = (key < stop)[:, None]
@@ -221,11 +222,14 @@ def _prefill_triton(q: Tensor, cache: Tensor, plan: PrefillPlan, scale: float, r
     if q.stride(1) != dim or q.stride(2) != 1:
         q = q.contiguous()
     out = torch.empty(num_tokens, heads, rank, dtype=q.dtype, device=q.device)
-    per_block = BLOCK_Q // TOKENS
+    wide = q.element_size() > 2  # float32 fills the shared memory sooner
+    together = 1 if wide else TOKENS
+    per_block = BLOCK_Q // together
     _prefill_kernel[(len(plan.blocks) * per_block, triton.cdiv(heads, HEADS))](
         q, cache, out, plan.blocks, plan.table, scale, q.stride(0),
         NUM_HEADS=heads, ROPE=rope, RANK=rank, WIDTH=TABLE_WIDTH, PER_BLOCK=per_block,
-        TOKENS=TOKENS, ROWS=HEADS, BLOCK_R=max(16, next_power_of_2(rope)),
-        BLOCK_L=max(16, next_power_of_2(rank)), BLOCK_N=BLOCK_KV, num_warps=8, num_stages=2,
+        TOKENS=together, ROWS=HEADS, BLOCK_R=max(16, next_power_of_2(rope)),
+        BLOCK_L=max(16, next_power_of_2(rank)), BLOCK_N=16 if wide else BLOCK_KV,
+        num_warps=4 if wide else 8, num_stages=1 if wide else 2,
     )  # fmt: skip
     return out

@@ -70,7 +70,11 @@ def quantize_block(block: Any, norms: dict[str, str]) -> None:
     `norms` names the norm whose rows go to a map alone: {"qkv": "attention_norm", …}; "mlp" stands
     for the gated MLP's first map.
     """
-    for name in ("qkv", "out", "proj"):
+    for name in ("qkv", "out", "mlp"):
+        quantize = getattr(getattr(block, name, None), "quantize", None)
+        if quantize is not None:  # latent attention, a mixture of experts
+            quantize()
+    for name in ("qkv", "out", "proj", "joined", "q_up"):
         linear = getattr(block, name, None)
         if type(linear) is Linear and _fits(linear):
             setattr(block, name, Fp8Linear(linear))

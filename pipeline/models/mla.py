@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.kernels.mla_pack import pack_row
+from pipeline.models.fp8 import quantize_block
 from pipeline.models.layers import Linear, RMSNorm
 from pipeline.models.loading import Weights
 
@@ -73,17 +75,19 @@ class MlaQuery:
 
     def __call__(self, x: Tensor) -> Tensor:
         c = self.config
-        q, row = self.joined(x).split([self.joined.weight.shape[0] - c.row, c.row], dim=1)
+        joined = self.joined(x)
+        q = joined[:, : -c.row]
         if self.q_norm is not None and self.q_up is not None:
             q = self.q_up(self.q_norm(q.contiguous())[0])
         q = q.unflatten(1, (self.heads, c.query))
         packed = x.new_empty(len(x), self.heads + 1, c.row)
-        packed[:, :-1, : c.rope] = q[..., : c.rope]
-        latent = torch.bmm(q[..., c.rope :].transpose(0, 1), self.absorb)
-        packed[:, :-1, c.rope :] = latent.transpose(0, 1)
-        packed[:, -1, : c.rope] = row[:, : c.rope]
-        packed[:, -1, c.rope :] = self.norm(row[:, c.rope :].contiguous())[0]
+        latent = packed[:, :-1, c.rope :].transpose(0, 1)
+        torch.bmm(q[..., c.rope :].transpose(0, 1), self.absorb, out=latent)
+        pack_row(packed, q[..., : c.rope], joined[:, -c.row :], self.norm.weight, self.norm.eps)
         return packed.flatten(1)
+
+    def quantize(self) -> None:
+        quantize_block(self, {})
 
 
 @dataclass(slots=True)
@@ -97,6 +101,9 @@ class MlaOutput:
         heads, rank, _ = self.values.shape
         latent = x.view(len(x), heads, rank).transpose(0, 1)
         return self.out(torch.bmm(latent, self.values).transpose(0, 1).flatten(1))
+
+    def quantize(self) -> None:
+        quantize_block(self, {})
 
 
 def _rope_first(weight: Tensor, c: MlaConfig, heads: int) -> Tensor:

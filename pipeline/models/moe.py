@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import UserError
-from pipeline.kernels.grouped_gemm import routed_experts
+from pipeline.kernels.grouped_gemm import ExpertWeights, routed_experts
+from pipeline.kernels.router import choose_experts
+from pipeline.models.fp8 import quantize_block
 from pipeline.models.layers import GatedMLP, padded
 from pipeline.models.loading import Weights
 
@@ -72,29 +74,10 @@ def moe_config(text: Mapping[str, Any]) -> MoeConfig | None:
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor | None, c: MoeConfig) -> tuple[Tensor, Tensor]:
-    """Each token's experts int64 [T, K] and their weights float32 [T, K]."""
+    """Each token's experts int32 [T, K] and their weights float32 [T, K]."""
     logits = functional.linear(x.float(), weight)
-    scores = logits.sigmoid() if c.sigmoid else logits.softmax(-1)
-    ranks = scores if bias is None else scores + bias
-    if c.num_groups > 1:
-        ranks = _within_groups(ranks, c)
-    chosen = ranks.topk(c.top_k, dim=-1).indices
-    weights = scores.gather(1, chosen)
-    if c.normalised:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return chosen, weights * c.scaling
-
-
-def _within_groups(ranks: Tensor, c: MoeConfig) -> Tensor:
-    """`ranks` without the groups that are not among a token's best.
-
-    A group ranks by its best expert, with a correction bias by its best two.
-    """
-    groups = ranks.view(len(ranks), c.num_groups, -1)
-    best = groups.topk(2, dim=-1).values.sum(-1) if c.correction else groups.amax(-1)
-    chosen = best.topk(c.top_groups, dim=-1).indices
-    kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, chosen, True)
-    return groups.masked_fill(~kept[..., None], float("-inf")).view(ranks.shape)
+    groups = (c.num_groups, c.top_groups)
+    return choose_experts(logits, bias, c.top_k, c.sigmoid, c.normalised, c.scaling, groups)
 
 
 @dataclass(slots=True)
@@ -104,9 +87,8 @@ class MoE:
     config: MoeConfig
     router: Tensor  # float32 [E, H]
     bias: Tensor | None  # float32 [E]
-    gate_up: Tensor  # [E, 2 I, H], gate first
-    down: Tensor  # [E, H, I]
-    shared: GatedMLP | None
+    experts: ExpertWeights
+    mlp: GatedMLP | None  # the shared experts
 
     @classmethod
     def take(cls, weights: Weights, name: str, size: int, c: MoeConfig, act: str) -> MoE:
@@ -121,15 +103,20 @@ class MoE:
         if c.shared_inner:
             stem = f"{name}.shared_experts"
             shared = GatedMLP.take(weights, stem, size, c.shared_inner, bias=False, act=act)
-        return cls(c, router, bias, *_take_experts(weights, name, size, c), shared)
+        return cls(c, router, bias, _take_experts(weights, name, size, c), shared)
 
     def __call__(self, x: Tensor) -> Tensor:
         chosen, by = route(x, self.router, self.bias, self.config)
-        out = routed_experts(x, chosen, by, self.gate_up, self.down)
-        return out if self.shared is None else out + self.shared(x)
+        out = routed_experts(x, chosen, by, self.experts)
+        return out if self.mlp is None else out + self.mlp(x)
+
+    def quantize(self) -> None:
+        """All experts to float8; the router stays."""
+        self.experts = self.experts.quantized()
+        quantize_block(self, {})
 
 
-def _take_experts(weights: Weights, name: str, size: int, c: MoeConfig) -> tuple[Tensor, Tensor]:
+def _take_experts(weights: Weights, name: str, size: int, c: MoeConfig) -> ExpertWeights:
     """All experts' maps as two tensors; the inner width is padded with zeros."""
     wide, kind, device = padded(c.inner), weights.dtype, weights.device
     gate_up = torch.zeros(c.num_experts, 2, wide, size, dtype=kind, device=device)
@@ -139,4 +126,4 @@ def _take_experts(weights: Weights, name: str, size: int, c: MoeConfig) -> tuple
         gate_up[e, 0, : c.inner] = weights.take(f"{stem}.gate_proj.weight", (c.inner, size))
         gate_up[e, 1, : c.inner] = weights.take(f"{stem}.up_proj.weight", (c.inner, size))
         down[e, :, : c.inner] = weights.take(f"{stem}.down_proj.weight", (size, c.inner))
-    return gate_up.flatten(1, 2), down
+    return ExpertWeights(gate_up.flatten(1, 2), down)

@@ -13,7 +13,7 @@ EXPERTS = """
 import torch
 from pipeline.kernels import grouped_gemm as g
 torch.manual_seed(0)
-cases = (37, 6, 2, 80, 48), (1, 8, 3, 64, 64), (70, 2, 2, 32, 40)
+cases = (37, 6, 2, 80, 48), (1, 8, 3, 64, 64), (40, 2, 2, 32, 40)
 for tokens, experts, top, hidden, inner in cases:
     x = torch.randn(tokens, hidden)
     chosen = torch.rand(tokens, experts).topk(top, 1).indices
@@ -31,15 +31,27 @@ for tokens, experts, top, hidden, inner in cases:
     for expert, first, stop in used.tolist():
         assert 0 < stop - first <= size
         assert (flat[sorting.order[first:stop].long()] == expert).all()
-    found = g.routed_experts(x, chosen, weights, gate_up, down)
-    expected = g.routed_experts_reference(x, chosen, weights, gate_up, down)
+    weighed = g.ExpertWeights(gate_up, down)
+    found = g.routed_experts(x, chosen.int(), weights, weighed)
+    expected = g.routed_experts_reference(x, chosen, weights, weighed)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+from pipeline.kernels import router
+for tokens, experts, top in ((5, 8, 3), (33, 72, 6), (1, 64, 1)):
+    logits, bias = torch.randn(tokens, experts), torch.randn(experts)
+    for given in (None, bias):
+        for sigmoid, normalised in ((False, False), (True, True), (True, False)):
+            options = (logits, given, top, sigmoid, normalised, 2.5)
+            chosen, by = router.choose_experts(*options)
+            expected, their = router.choose_experts_reference(*options)
+            assert (chosen == expected).all()
+            torch.testing.assert_close(by, their)
 """
 LATENT = """
 import torch
 from pipeline.kernels.decode_attention import DecodePlan
 from pipeline.kernels.prefill_attention import Run, plan_prefill
 from pipeline.kernels import mla_attention as m
+from pipeline.kernels import mla_pack as p
 torch.manual_seed(0)
 rope, rank, places = 8, 40, 500
 cache = torch.randn(places, rope + rank)
@@ -50,7 +62,7 @@ def expected(q, segments, seen):
     scores = torch.einsum("thd,kd->htk", q, rows) * 0.3
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return torch.einsum("htk,kd->thd", weights, rows[:, rope:])
-for heads in (3, 17):
+for heads in (17,):
     lanes = [((0, 0), (3, 40), (100, 61)), ((0, 0), (0, 0), (7, 1)), ((0, 0),) * 3]
     table = torch.tensor(lanes, dtype=torch.int32)
     q = torch.randn(3, heads, rope + rank)
@@ -74,14 +86,21 @@ for heads in (3, 17):
             rows = slice(run.q_start, run.q_start + run.q_length)
             one = expected(q[rows], run.segments, torch.arange(total) <= at)
             torch.testing.assert_close(found[rows], one, rtol=1e-4, atol=1e-5)
+    joined = torch.randn(5, heads * 11 + rope + rank)
+    q_rope, row = joined[:, : heads * 11].view(5, heads, 11)[..., :rope], joined[:, heads * 11 :]
+    weight, packed = torch.randn(rank), torch.zeros(2, 5, heads + 1, rope + rank)
+    p.pack_row(packed[0], q_rope, row, weight, 1e-6)
+    p.pack_row_reference(packed[1], q_rope, row, weight, 1e-6)
+    torch.testing.assert_close(packed[0], packed[1])
     packed = torch.randn(5, (heads + 1) * (rope + rank))
+    other, kept_cache = packed.clone().view(5, heads + 1, -1), cache.clone()
     cos, sin = torch.rand(2, 5, rope // 2)
     where = torch.tensor([4, 9, 2, 8, 1])
     turned = m.mla_rope_and_cache(packed, cos, sin, cache, where)
     assert turned.shape == (5, heads, rope + rank)
-    kept = packed.view(5, heads + 1, -1)[:, -1]
-    torch.testing.assert_close(cache[where][:, rope:], kept[:, rope:])
-    assert not torch.equal(cache[where][:, :rope], kept[:, :rope])
+    p.turn_and_cache_reference(other, cos, sin, kept_cache, where)
+    torch.testing.assert_close(turned, other[:, :-1])
+    torch.testing.assert_close(cache, kept_cache)
 """
 
 

@@ -104,7 +104,7 @@ def test_weights_of_chosen_experts_are_the_unbiased_scores() -> None:
     bias = torch.linspace(-3, 3, 8)
     c = MoeConfig(8, 3, 4, sigmoid=True, correction=True, normalised=True, scaling=2.0)
     chosen, by = route(x, weight, bias, c)
-    scores = (x @ weight.T).sigmoid()
+    scores, chosen = (x @ weight.T).sigmoid(), chosen.long()
     assert torch.equal(chosen.sort().values, (scores + bias).topk(3).indices.sort().values)
     picked = scores.gather(1, chosen)
     torch.testing.assert_close(by, 2 * picked / picked.sum(1, keepdim=True))
@@ -115,3 +115,23 @@ def test_unknown_ways_of_routing_are_refused(key: str, value: str) -> None:
     text = {"n_routed_experts": 4, "moe_intermediate_size": 4, "num_experts_per_tok": 2, key: value}
     with pytest.raises(UserError, match=value):
         moe_config(text)
+
+
+@torch.inference_mode()
+def test_float8_experts_are_near_the_others(tmp_path: Path) -> None:
+    from pipeline.kernels.fp8 import FP8
+    from pipeline.models.families.deepseek_vl2 import spec
+    from tests.helpers.deepseek_vl2_checkpoint import write_deepseek_vl2
+    from tests.helpers.parity import make_prompt, open_ours, our_logits
+
+    model = open_ours(write_deepseek_vl2(tmp_path, "base"), spec.build)
+    prompt = make_prompt(model.family, [random_text(60)])
+    before = our_logits(model, prompt)
+    model.quantize()
+    mixture = model.decoder.layers[1].mlp
+    assert mixture.experts.down.dtype == FP8
+    assert mixture.mlp.down.weight.dtype == FP8
+    after = our_logits(model, prompt)
+    assert difference(after, before) > 1e-4
+    alike = torch.nn.functional.cosine_similarity(before, after)
+    assert alike.median() > 0.97
