@@ -5,10 +5,12 @@ Rows stand in input order. Knows the columns' meaning, not where the table goes.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jobs.answer_types import Unreadable, arrow_type, parse_answer
 from jobs.config import JobConfig
@@ -64,7 +66,14 @@ def output_schema(config: JobConfig, source: pa.Schema | None) -> pa.Schema:
         fields.append(pa.field(name, pa.string() if schema is None else arrow_type(schema)))
     fields += [pa.field(name, pa.string()) for name in ("status", "error_code", "error")]
     meta = pa.struct([(name, META_TYPE) for name in config.prompt_names()])
-    return pa.schema([*fields, pa.field("meta", meta)])
+    return _as_read(pa.schema([*fields, pa.field("meta", meta)]))
+
+
+def _as_read(schema: pa.Schema) -> pa.Schema:
+    """The schema that a Parquet file of it is read with: the items of lists change their name."""
+    file = io.BytesIO()
+    pq.write_table(schema.empty_table(), file)
+    return pq.read_schema(file).remove_metadata()
 
 
 def build_table(

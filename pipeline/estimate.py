@@ -111,6 +111,7 @@ class Estimate:
     image_tokens: int
     video_tokens: int
     output_tokens: int  # at most
+    audio_tokens: int = 0
     bands: list[Band] = field(default_factory=list)
     memory: Memory | None = None
     time: Time | None = None  # None where the model's sizes are unknown
@@ -129,7 +130,7 @@ class Estimate:
         time = asdict(self.time) | {"hours": self.time.hours} if self.time else None
         bands = [asdict(band) | {"padding_share": band.padding_share} for band in self.bands]
         named = {key: getattr(self, key) for key in ("family", "fused", "rows", "rows_read")}
-        names = ("failed", "image_tokens", "video_tokens", "output_tokens")
+        names = ("failed", "image_tokens", "video_tokens", "audio_tokens", "output_tokens")
         counted = {key: getattr(self, key) for key in names}
         return (
             named
@@ -153,6 +154,7 @@ class _Work:
 
     image_tokens: int = 0
     video_tokens: int = 0
+    audio_tokens: int = 0
     output_tokens: int = 0
     vision_flops: float = 0.0
     prefill_flops: float = 0.0
@@ -190,7 +192,7 @@ def estimate(
         result.rows = result.rows_read
     result.bands = [bands[key] for key in sorted(bands, reverse=True)]
     result.image_tokens, result.video_tokens = work.image_tokens, work.video_tokens
-    result.output_tokens = work.output_tokens
+    result.audio_tokens, result.output_tokens = work.audio_tokens, work.output_tokens
     _add_cost(result, work, family, settings, CARDS[card], price_per_hour)
     return result
 
@@ -258,7 +260,9 @@ def _add_work(plan: Plan, sizes: ModelSizes, work: _Work) -> None:
         for request in item.requests:
             new = request.sampling.max_new_tokens
             for image in request.images:
-                if image.layout.clip is None:
+                if image.layout.sound is not None:
+                    work.audio_tokens += image.layout.num_tokens
+                elif image.layout.clip is None:
                     work.image_tokens += image.layout.num_tokens
                 else:
                     work.video_tokens += image.layout.num_tokens
@@ -269,6 +273,8 @@ def _add_work(plan: Plan, sizes: ModelSizes, work: _Work) -> None:
 
 def _vision_flops(sizes: ModelSizes, layout: ImageLayout) -> float:
     num_tokens = layout.num_tokens
+    if layout.sound is not None:
+        return 2 * sizes.audio_params * 2 * num_tokens
     patches = num_tokens * sizes.patches_per_token
     run = min(patches, sizes.patches_per_run or patches)
     if layout.clip is not None:

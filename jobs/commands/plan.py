@@ -55,6 +55,7 @@ def _lines(result: Estimate) -> str:
         ("prompt tokens", f"{stats.prompt_tokens * scale:,.0f}"),
         ("image tokens", f"{result.image_tokens * scale:,.0f}"),
         *([("video tokens", f"{result.video_tokens * scale:,.0f}")] if result.video_tokens else []),
+        *([("audio tokens", f"{result.audio_tokens * scale:,.0f}")] if result.audio_tokens else []),
         ("answer tokens", f"{result.output_tokens * scale:,.0f} at most"),
         ("prefill tokens", f"{stats.prefill_tokens * scale:,.0f} after reuse"),
         ("prefix reuse", f"{result.shares['prefix_reuse_share']:.1%} of prompt tokens"),

@@ -42,12 +42,13 @@ class ModelSizes:
     patches_per_run: int = 0  # patches that see each other in full blocks; 0: an image's
     vision_width: int = 0
     vision_full_blocks: int = 0  # blocks in which all patches of an image see each other
+    audio_params: int = 0  # work on every 20 ms of sound, two for a token
     active_params: int = 0  # of the decoder, that one token meets; 0: all
     latent_values: int = 0  # of a token and layer in a compressed cache; 0: keys and values
 
     @property
     def num_params(self) -> int:
-        vision = self.vision_params + self.projector_params
+        vision = self.vision_params + self.projector_params + self.audio_params
         return self.decoder_params + self.embedding_params + vision
 
     @property

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import decimal
+import io
 import json
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -221,3 +223,14 @@ def test_any_json_is_stored_or_refused(value: Any) -> None:
     except Unreadable:
         return
     pa.array([parsed], type_).validate(full=True)
+
+
+def test_the_schema_is_the_one_that_a_part_is_read_with() -> None:
+    """`verify` compares the two; a list's items change their name in Parquet."""
+    person = {"text": "Who?", "schema": PERSON}
+    config = make_config(prompts={"caption": "Describe.", "who": person}, input={"keep": ["k"]})
+    kept = pa.schema([pa.field("k", pa.list_(pa.field("item", pa.large_string())))])
+    schema = output_schema(config, kept)
+    file = io.BytesIO()
+    pq.write_table(build_table(schema, [], {}, {}), file)
+    assert pq.read_schema(file).remove_metadata().to_string() == schema.to_string()

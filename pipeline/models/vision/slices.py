@@ -22,7 +22,7 @@ from pipeline.models.vision.resampler import Places
 from pipeline.rows import ImageLayout
 
 KEPT_PLANS = 64
-MAX_PATCHES = 65_536  # of one pass of the tower
+MAX_PATCHES = 32_768  # of one pass of the tower
 
 
 @dataclass(frozen=True, slots=True)

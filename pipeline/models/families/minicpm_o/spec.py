@@ -7,6 +7,7 @@ in `model.py`. Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -52,6 +53,7 @@ class MiniCPMO(MiniCPM):
             missing = _MARKERS[found.index(None)]
             raise UserError(f"model.id {checkpoint.id!r}: the tokenizer has no {missing}")
         self._sound_markers = tuple(int(i) for i in found if i is not None)
+        self.sizes = replace(self.sizes, audio_params=_audio_params(checkpoint.config))
         self.per_group = (50 - self.pool) // self.pool + 1
 
     def audio_layout(self, num_samples: int) -> ImageLayout:
@@ -78,6 +80,17 @@ class MiniCPMO(MiniCPM):
             # NOTE: the reference joins those of a turn and lets others' lengths change features.
             raise RowError("too_many_audios", "The model takes one recording a row.")
         return self.numbered(render(minicpmo.SPOKEN, turns), layouts)
+
+
+def _audio_params(config: Mapping[str, Any]) -> int:
+    """Of the encoder and its projection; what config.json leaves out is whisper-medium's."""
+    audio = config.get("audio_config") or {}
+    size, inner = audio.get("d_model", 1024), audio.get("encoder_ffn_dim", 4096)
+    layer = 4 * size * size + 2 * size * inner
+    convolutions = 3 * size * (audio.get("num_mel_bins", 80) + size)
+    hidden = config["hidden_size"]
+    projection = size * hidden + hidden * hidden
+    return audio.get("encoder_layers", 24) * layer + convolutions + projection
 
 
 @lru_cache(maxsize=256)
