@@ -42,15 +42,19 @@ class Tokenizer:
         self._full.no_truncation()
         self._full.no_padding()
         self._cached = lru_cache(_CACHED_TEXTS)(self._encode)
+        self._added: list[dict[str, Any]] | None = None
         self.protect(control)
 
     def protect(self, control: Collection[str]) -> None:
         """Never read `control` in a row's text, even where tokenizer.json calls it ordinary."""
-        spec = dict(self._spec, truncation=None, padding=None)
-        spec["added_tokens"] = [
+        added = [
             dict(entry, special=entry["special"] or _is_control(entry["content"], control))
             for entry in self._spec.get("added_tokens", ())
         ]
+        if added == self._added:
+            return
+        self._added = added
+        spec = dict(self._spec, truncation=None, padding=None, added_tokens=added)
         self._text = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._text.encode_special_tokens = True
         self._continued = self._text

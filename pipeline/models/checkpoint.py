@@ -139,6 +139,9 @@ class Checkpoint:
             if named or file.suffix in _IDENTIFYING:
                 digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
                 digest.update(_edges(file))
+        if (tower := self.folder / str(self.config.get("mm_vision_tower", ""))) != self.folder:
+            # A LLaVA's image tower may lie in a folder of its own.
+            digest.update(Checkpoint(self.id, tower).identity().encode() if tower.is_dir() else b"")
         return f"folder:{digest.hexdigest()}"
 
     def _safetensors(self) -> list[Path]:

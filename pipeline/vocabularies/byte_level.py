@@ -29,18 +29,21 @@ def byte_spelling() -> dict[int, str]:
 
 
 def spell(token: bytes) -> str:
-    spelling = byte_spelling()
-    return "".join(spelling[byte] for byte in token)
+    return token.decode("latin-1").translate(byte_spelling())
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
     """Every way to make a token of two others: tokens by rank, ways by their parts' ranks."""
+    spelled = {spell(token): rank for token, rank in ranks.items()}
     merges: list[tuple[str, str]] = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        ways = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [(a, b) for a, b in ways if a in ranks and b in ranks]
-        known.sort(key=lambda way: (ranks[way[0]], ranks[way[1]]))
-        merges += [(spell(a), spell(b)) for a, b in known]
+    for token in sorted(spelled, key=spelled.__getitem__):
+        known = []
+        for cut in range(1, len(token)):
+            first, second = token[:cut], token[cut:]
+            if first in spelled and second in spelled:
+                known.append((spelled[first], spelled[second], first, second))
+        known.sort()
+        merges += [(first, second) for _, _, first, second in known]
     return merges
 
 

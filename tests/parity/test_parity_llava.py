@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,29 @@ def test_the_twin_gives_the_same_logits(folders: Path, kind: str) -> None:
     other = prompt_of(twin, PROMPTS["wide"])
     assert prompt.starts == other.starts
     assert torch.equal(our_logits(ours, prompt), our_logits(twin, other))
+
+
+@torch.inference_mode()
+def test_a_sliding_window(tmp_path: Path) -> None:
+    """Mistral 0.1's, here of 16 tokens, shorter than an image's block."""
+    for write, name in ((write_original, "original"), (write_twin, "twin")):
+        path = write(tmp_path / name, "1.6-mistral") / "config.json"
+        config = json.loads(path.read_text())
+        config.get("text_config", config)["sliding_window"] = 16
+        path.write_text(json.dumps(config))
+    settings = ModelSettings(id=str(tmp_path / "original"))
+    checkpoint = Checkpoint.open(settings)
+    ours = load_model(checkpoint, family_for(checkpoint, settings), "cpu", torch.float32)
+    theirs: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "twin").eval()
+    prompt = prompt_of(ours, PROMPTS["wide"])
+    inputs = _their_inputs("1.6-mistral", prompt)
+    found, expected = our_logits(ours, prompt), theirs(**inputs).logits[0]
+    assert difference(found, expected) < TOLERANCE
+    assert our_tokens(ours, prompt, 6) == (
+        theirs.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=-1)[
+            0, len(prompt.tokens) :
+        ].tolist()
+    )
 
 
 @torch.inference_mode()
