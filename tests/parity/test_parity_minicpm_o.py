@@ -18,8 +18,10 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from transformers import WhisperFeatureExtractor
 
+from pipeline.audio import probe, read_samples
 from pipeline.errors import RowError, UserError
 from pipeline.models.audio.mel import log_mel, mel_filters, num_frames
 from pipeline.models.audio.pieces import pieces
@@ -168,10 +170,22 @@ def _run(folder: Path, work: Path, table: pa.Table, **columns: Any) -> list[dict
     return job.content()
 
 
-def test_run_with_recordings(folder: Path, tmp_path: Path) -> None:
+def _said(folder: Path, ours: Any, data: bytes, text: str) -> str:
+    """The answer to one recording by itself, outside the engine."""
+    samples = read_samples(data, probe(data, 60.0))
+    layout = ours.family.audio_layout(len(samples))
+    tokenizer = Tokenizer(Checkpoint.open(ModelSettings(id=str(folder))), ours.family.control)
+    tokens, starts = ours.family.tokenize([Turn("user", (0, text))], [layout], tokenizer)
+    found = our_tokens(ours, Prompt(tokens, (bytes_of(samples),), (layout,), starts), 5)
+    ends = [i for i, token in enumerate(found) if token in ours.family.eos_token_ids]
+    return tokenizer.decode(found[: ends[0]] if ends else found)
+
+
+@torch.inference_mode()
+def test_run_with_recordings(folder: Path, ours: Any, tmp_path: Path) -> None:
     """Bytes and paths of three formats, a broken one and none at all."""
     (tmp_path / "there.flac").write_bytes(_wav(20_000, 2, "FLAC"))
-    sounds = [
+    sounds: list[Any] = [
         {"bytes": _wav(9000, 1), "path": None},
         {"bytes": None, "path": "there.flac"},
         {"bytes": _wav(30_000, 3, "MP3"), "path": None},
@@ -180,6 +194,8 @@ def test_run_with_recordings(folder: Path, tmp_path: Path) -> None:
     ]
     rows = _run(folder, tmp_path, pa.table({"audio": sounds}), audio="audio")
     assert [row["said"] is not None for row in rows] == [True, True, True, False, False]
+    assert rows[0]["said"] == _said(folder, ours, sounds[0]["bytes"], "What is said?")
+    assert rows[2]["count"] == _said(folder, ours, sounds[2]["bytes"], "How many speak?")
     assert "truncated_audio" in str(rows[3])
     assert "missing_audio" in str(rows[4])
 
@@ -200,3 +216,26 @@ def test_run_with_messages(folder: Path, tmp_path: Path) -> None:
     one, two = _run(folder, tmp_path, table, messages="talk", image=None)
     assert one["answer"] is not None
     assert "too_many_audios" in str(two)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop("apm.conv2.bias"), "'apm.conv2.bias'"),
+        (lambda t: t.update({"apm.more": np.zeros(2, np.float32)}), "'apm.more'"),
+        (
+            lambda t: t.update({"apm.layers.0.fc1.bias": np.zeros(3, np.float32)}),
+            r"'apm.layers.0.fc1.bias' has shape \(3,\)",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    folder: Path, tmp_path: Path, change: Any, named: str
+) -> None:
+    for file in folder.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=named):
+        open_ours(tmp_path, spec.build)

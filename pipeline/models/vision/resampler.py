@@ -55,7 +55,8 @@ class Resampler:
         self.key, self.value = Linear(weight[1], bias[1]), Linear(weight[2], bias[2])
         self.out = Linear.take(weights, f"{name}.attn.out_proj", size, size)
         self.norm = LayerNorm.take(weights, f"{name}.ln_post", size, EPS)
-        self.project = weights.take(f"{name}.proj", (size, size))
+        # The reference multiplies by it as it stands, without a transpose.
+        self.project = Linear(weights.take(f"{name}.proj", (size, size)).T.contiguous())
         # The queries are the same for every picture.
         learned = weights.take(f"{name}.query", (queries, size))
         normed = LayerNorm.take(weights, f"{name}.ln_q", size, EPS)(learned)[0]
@@ -71,7 +72,7 @@ class Resampler:
             self._read(key[r.start :], value[r.start :], r.count, r.length) for r in plan.rectangles
         ]
         read = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.norm(self.out(read))[0] @ self.project
+        return self.project(self.norm(self.out(read))[0])
 
     def ensure(self, side: int) -> None:
         """Grow the tables to pictures of `side` patches."""
@@ -95,4 +96,4 @@ class Resampler:
 
     def _table(self, length: int) -> Tensor:
         table = torch.from_numpy(axis_table(length, self.size // 2))
-        return table.to(self.project.device, self.project.dtype)
+        return table.to(self.query.device, self.query.dtype)
