@@ -20,6 +20,7 @@ from pipeline.errors import RowError, UserError
 from pipeline.models.family import GREEDY_BELOW, Family
 from pipeline.prompts import PromptText, message_turns, prompt_turns
 from pipeline.rows import (
+    PLURALS,
     Answer,
     EncodedImage,
     ImageLayout,
@@ -142,10 +143,10 @@ class Preparer:
         counts = {kind: sum(ref.kind == kind for ref in refs) for kind in limits}
         for kind, limit in limits.items():
             if counts[kind] > limit:
-                message = f"The row has {counts[kind]} {kind}s, more than {limit}."
+                message = f"The row has {counts[kind]} {PLURALS[kind]}, more than {limit}."
                 raise RowError(f"too_many_{kind}s", message)
             if counts[kind] and kind not in self._family.takes:
-                raise RowError("unsupported_input", f"The model takes no {kind}s.")
+                raise RowError("unsupported_input", f"The model takes no {PLURALS[kind]}.")
         read = {"video": self._video, "audio": self._audio}
         return [
             read[ref.kind](shard, ref)
@@ -214,12 +215,13 @@ class Preparer:
 
 
 def _check_takes(settings: LabelSettings, family: Family) -> None:
-    column = settings.input.video
-    if column is not None and "video" not in family.takes:
-        raise UserError(
-            f"input.video names the column {column!r}, and {settings.model.id} takes no videos;"
-            " `vlm-batch models` says which families do"
-        )
+    columns = {"video": settings.input.video, "audio": settings.input.audio}
+    for kind, column in columns.items():
+        if column is not None and kind not in family.takes:
+            raise UserError(
+                f"input.{kind} names the column {column!r}, and {settings.model.id} takes no"
+                f" {PLURALS[kind]}; `vlm-batch models` says which families do"
+            )
 
 
 def _row_error(error: Exception) -> RowError:

@@ -17,6 +17,9 @@ from pipeline.errors import RowError
 STATES_PER_TOKEN = 10  # image states that cost as much as a prompt's token
 
 
+PLURALS = {"image": "images", "video": "videos", "audio": "recordings"}  # of `ImageRef.kind`
+
+
 class RequestKey(NamedTuple):
     """Names one answer: the shard, the row's position in it, and the prompt's name."""
 

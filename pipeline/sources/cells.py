@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import RowError
-from pipeline.rows import ImageRef
+from pipeline.rows import PLURALS, ImageRef
 
 
 def records(batch: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any]]:
@@ -60,7 +60,7 @@ def media_refs(cell: Any, kind: str, limit: int) -> tuple[ImageRef, ...]:
         ref = _ref(cell, kind)
         return () if ref is None else (ref,)
     if len(cell) > limit:
-        message = f"The row has {len(cell)} {kind}s; input.max_{kind}s is {limit}."
+        message = f"The row has {len(cell)} {PLURALS[kind]}; input.max_{kind}s is {limit}."
         raise RowError(f"too_many_{kind}s", message)
     refs = []
     for number, part in enumerate(cell):

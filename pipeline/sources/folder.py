@@ -1,4 +1,4 @@
-"""Rows of a folder of pictures or videos: one row a file; name, path and folder are its columns.
+"""Rows of a folder of pictures, videos or recordings: one row a file, its name and path columns.
 
 Every folder that holds some is an input file of the plan, its files sorted by name. Knows nothing
 of what is inside them.
@@ -23,19 +23,23 @@ _KINDS = "jpg jpeg png webp gif bmp tif tiff heic heif avif jxl jp2"  # some fai
 SUFFIXES = tuple(f".{kind}" for name in _KINDS.split() for kind in (name, name.upper()))
 _MOVING = "mp4 m4v mov mkv webm avi gif mpg mpeg ts wmv flv ogv 3gp"
 VIDEO_SUFFIXES = tuple(f".{kind}" for name in _MOVING.split() for kind in (name, name.upper()))
+_HEARD = "wav flac mp3 ogg oga opus aif aiff"
+AUDIO_SUFFIXES = tuple(f".{kind}" for name in _HEARD.split() for kind in (name, name.upper()))
+_SUFFIXES = {"image": SUFFIXES, "video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES}
 COLUMNS = ("file_name", "path", "folder")
 
 
 class FolderSource(Source):
-    """`input.source: folder`; where `input.video` is set the files are videos."""
+    """`input.source: folder`; its files are videos or recordings where those are asked for."""
 
     @property
     def kind(self) -> str:
-        return "video" if self.settings.video else "image"
+        asked = self.settings
+        return "audio" if asked.audio else "video" if asked.video else "image"
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        return VIDEO_SUFFIXES if self.settings.video else SUFFIXES
+        return _SUFFIXES[self.kind]
 
     def schema(self) -> pa.Schema:
         return pa.schema([(name, pa.string()) for name in self.wanted(COLUMNS)])
@@ -57,7 +61,7 @@ class FolderSource(Source):
             values = dict(zip(COLUMNS, (name, address, path), strict=True))
             record = {column: values[column] for column in columns}
             whole = os.path.abspath(address) if is_local(address) else address
-            cells = {self.kind: whole} if self.settings.image or self.settings.video else {}
+            cells = {self.kind: whole} if getattr(self.settings, self.kind) else {}
             yield self.make_row(path, start, number, record, **cells)
 
     def beginning(self, path: str, num_rows: int) -> str | None:

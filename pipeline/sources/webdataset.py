@@ -1,8 +1,8 @@
 """Rows of WebDataset tar files: one row a sample, which is the files that share a key.
 
-Pictures of a sample are its images, and its videos where those are asked for; a `.json` gives its
-keys as columns, text files give a column of their extension's name. Counting rows walks the
-headers, since a tar file has no index. Knows no other archive.
+Pictures of a sample are its images, and its videos and recordings where those are asked for; a
+`.json` gives its keys as columns, text files give a column of their extension's name. Counting
+rows walks the headers, since a tar file has no index. Knows no other archive.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pipeline.errors import RowError, UserError
 from pipeline.rows import Row
 from pipeline.sources import files
 from pipeline.sources.base import InputFile, Source, mark
-from pipeline.sources.folder import SUFFIXES as PICTURES
-from pipeline.sources.folder import VIDEO_SUFFIXES as VIDEOS
+from pipeline.sources.folder import AUDIO_SUFFIXES, SUFFIXES, VIDEO_SUFFIXES
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # key, extension
 _TARS = (".tar", ".tar.gz", ".tgz")
 _TEXTS = frozenset({"txt", "text", "caption", "cls", "id", "url", "prompt", "question", "answer"})
+_SUFFIXES = {"image": SUFFIXES, "video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES}
 _MAX_TEXT_BYTES = 16 << 20
 _HEAD_BYTES = 512
 
@@ -42,7 +42,7 @@ class _Member(NamedTuple):
 class WebDatasetSource(Source):
     """`input.source: webdataset`. `input.image` is `image` for every picture, or an extension.
 
-    `input.video` likewise is `video` or an extension.
+    `input.video` likewise is `video` or an extension, `input.audio` is `audio` or one.
     """
 
     def schema(self) -> pa.Schema:
@@ -86,13 +86,13 @@ class WebDatasetSource(Source):
         key: str,
         members: list[_Member],
     ) -> Row:
-        cells = {kind: self._media(tar, kind, members) for kind in ("image", "video")}
+        cells = {kind: self._media(tar, kind, members) for kind in _SUFFIXES}
         record = _record(tar, key, members)
         wanted = {name: record[name] for name in self.wanted(list(record))}
         return self.make_row(path, start, number, wanted, **cells)
 
     def _media(self, tar: tarfile.TarFile, kind: str, members: list[_Member]) -> Any:
-        """The sample's images or videos: none, one, a list, or an error."""
+        """The sample's images or the like: none, one, a list, or an error."""
         try:
             found = [self._whole(tar, kind, m) for m in members if self._is(kind, m)]
         except RowError as error:
@@ -100,15 +100,15 @@ class WebDatasetSource(Source):
         return None if not found else found[0] if len(found) == 1 else found
 
     def _is(self, kind: str, member: _Member) -> bool:
-        chosen = self.settings.image if kind == "image" else self.settings.video
+        chosen = getattr(self.settings, kind)
         if chosen in (None, kind):
-            suffixes = PICTURES if kind == "image" else VIDEOS
-            return chosen is not None and f".{member.extension}".endswith(suffixes)
+            return chosen is not None and f".{member.extension}".endswith(_SUFFIXES[kind])
         return member.extension == chosen
 
     def _whole(self, tar: tarfile.TarFile, kind: str, member: _Member) -> bytes:
-        settings = self.settings
-        limit = settings.max_bytes if kind == "image" else settings.max_video_bytes
+        s = self.settings
+        limits = {"video": s.max_video_bytes, "audio": s.max_audio_bytes}
+        limit = limits.get(kind, s.max_bytes)
         if member.info.size > limit:
             raise RowError("file_too_large", f"The {kind} has more than {limit} bytes.")
         return _content(tar, member)

@@ -23,6 +23,7 @@ from transformers import WhisperFeatureExtractor
 
 from pipeline.audio import probe, read_samples
 from pipeline.errors import RowError, UserError
+from pipeline.estimate import estimate
 from pipeline.models.audio.mel import log_mel, mel_filters, num_frames
 from pipeline.models.audio.pieces import pieces
 from pipeline.models.base import Model
@@ -31,10 +32,10 @@ from pipeline.models.families.minicpm import spec as minicpm
 from pipeline.models.families.minicpm_o import spec
 from pipeline.models.registry import family_for
 from pipeline.rows import ImageLayout, Turn
-from pipeline.settings import ModelSettings
+from pipeline.settings import LabelSettings, ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.helpers.job_folder import JobFolder
-from tests.helpers.minicpm_checkpoint import write_minicpm_o
+from tests.helpers.minicpm_checkpoint import write_minicpm_o, write_minicpm_v
 from tests.helpers.parity import Prompt, difference, open_ours, our_logits, our_tokens
 from tests.helpers.recorded import recording
 from tests.parity.minicpm_cases import SOUND_CASES, Case, Picture, Wave, pixels_of, samples_of
@@ -239,3 +240,27 @@ def test_tensors_that_do_not_fit_are_named(
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=named):
         open_ours(tmp_path, spec.build)
+
+
+def test_a_model_that_does_not_hear_is_refused_before_any_work(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"said": [_wav(900, 0)]}), tmp_path / "a.parquet")
+    settings = LabelSettings(
+        model={"id": str(write_minicpm_v(tmp_path / "model"))},
+        input={"path": str(tmp_path / "a.parquet"), "audio": "said"},
+        prompts={"said": {"text": "What?"}},
+    )
+    with pytest.raises(UserError, match="takes no recordings"):
+        estimate(settings)
+
+
+def test_plan_counts_recordings(folder: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"said": [_wav(16_000, 0), b"nothing"]}), tmp_path / "a.parquet")
+    settings = LabelSettings(
+        model={"id": str(folder)},
+        input={"path": str(tmp_path / "a.parquet"), "audio": "said"},
+        prompts={"said": {"text": "What?"}},
+    )
+    plan = estimate(settings)
+    assert plan.audio_tokens == 27  # one second between its markers
+    assert plan.image_tokens == 0
+    assert plan.failed == {"not_audio": 1}
