@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -85,13 +85,11 @@ def probe(data: bytes, limits: Limits) -> VideoInfo:
         index = _read_index(container, stream, limits, deadline)
         _check_length(container, index)
         fps = _rate(stream, index)
+        if index.times:
+            _rewind(container, stream, index)
+            return VideoInfo(*_shown_size(container, stream, limits), index.num_frames, fps)
     with _opened(data) as (container, stream):
-        for frame in container.decode(stream):
-            _check_pixels(frame.width, frame.height, limits)
-            turned = frame.rotation % 180 == 90
-            size = (frame.height, frame.width) if turned else (frame.width, frame.height)
-            return VideoInfo(*size, index.num_frames, fps)
-    raise RowError("video_unreadable", "The video's first frame cannot be decoded.")
+        return VideoInfo(*_shown_size(container, stream, limits), index.num_frames, fps)
 
 
 def read_frames(
@@ -103,8 +101,8 @@ def read_frames(
     found = 0
     with _opened(data) as (container, stream):
         index = _read_index(container, stream, limits, deadline)
-    if index.times:
-        with _opened(data) as (container, stream):
+        if index.times:
+            _rewind(container, stream, index)
             for number, frame in _sought(container, stream, index, numbers, deadline):
                 yield number, _pixels(frame, limits)
                 found += 1
@@ -231,11 +229,26 @@ def _rate(stream: Any, index: _Index) -> float:
     return named if 0 < named <= _MAX_FPS else measured or _DEFAULT_FPS
 
 
+def _rewind(container: Any, stream: Any, index: _Index) -> None:
+    """Back to the first frame. Opening anew would decode some frames to guess at the stream."""
+    container.seek((index.keys or index.times)[0], stream=stream, backward=True)
+
+
+def _shown_size(container: Any, stream: Any, limits: Limits) -> tuple[int, int]:
+    """Width and height of the next frame as it is shown."""
+    for frame in container.decode(stream):
+        _check_pixels(frame.width, frame.height, limits)
+        turned = frame.rotation % 180 == 90
+        return (frame.height, frame.width) if turned else (frame.width, frame.height)
+    raise RowError("video_unreadable", "The video's first frame cannot be decoded.")
+
+
 def _sought(
     container: Any, stream: Any, index: _Index, numbers: Sequence[int], deadline: float
 ) -> Iterator[tuple[int, Any]]:
     """Frames by their times, from the key frame before each; ends where one is not found."""
-    frames = container.decode(stream)
+    wanted = {index.times[number] for number in numbers if number < index.num_frames}
+    frames = _decoded(container, stream, wanted)
     position = index.times[0] - 1
     for number in numbers:
         if number >= index.num_frames:
@@ -244,7 +257,7 @@ def _sought(
         before = bisect_right(index.keys, target)
         if before > 1 and index.keys[before - 1] > position + 1:
             container.seek(index.keys[before - 1], stream=stream, backward=True)
-            frames = container.decode(stream)
+            frames = _decoded(container, stream, wanted)
         for frame in frames:
             _check_time(deadline)
             position = frame.pts if frame.pts is not None else position
@@ -255,6 +268,14 @@ def _sought(
         if frame.pts != target:
             return
         yield number, frame
+
+
+def _decoded(container: Any, stream: Any, wanted: Collection[int]) -> Iterator[Any]:
+    """Frames from here on; those that are not wanted and that no other needs may be left out."""
+    for packet in container.demux(stream):
+        keep = not packet.size or packet.pts in wanted
+        stream.codec_context.skip_frame = "DEFAULT" if keep else "NONREF"
+        yield from packet.decode()
 
 
 def _counted(

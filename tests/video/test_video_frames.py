@@ -187,3 +187,29 @@ def test_loading(ref: ImageRef, settings: dict[str, Any], code: str) -> None:
 def test_a_video_may_be_larger_than_an_image() -> None:
     settings = InputSettings(path="x", max_bytes=10, max_video_bytes=20)
     assert load(ImageRef(data=b"x" * 15, kind="video"), settings) == b"x" * 15
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "pyramid": {"options": {"bf": "5", "b-pyramid": "normal", "b_strategy": "0"}, "gop": 24},
+    "no B-frames": {"options": {"bf": "0"}, "gop": 16},
+    "open groups": {"options": {"bf": "3", "x264-params": "open-gop=1"}, "gop": 9},
+    "MPEG-4 with B-frames": {"codec": "mpeg4", "options": {"bf": "2"}, "gop": 12},
+    "H.265": {"codec": "libx265", "options": {"x265-params": "log-level=none"}, "gop": 20},
+    "VP9": {"kind": "webm"},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_choice_of_frames_is_the_whole_videos(shape: str) -> None:
+    """Frames that no other needs are left out on the way, and groups are skipped."""
+    options = SHAPES[shape]
+    if options.get("codec", "libx264") not in av.codecs_available:
+        pytest.skip("this PyAV lacks the codec")
+    data = video(70, 10, **options)
+    whole = dict(read_frames(data, range(70), LIMITS))
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        wanted = rng.choice(70, rng.integers(1, 9), replace=False)
+        found = list(read_frames(data, wanted.tolist(), LIMITS))
+        assert [number for number, _ in found] == sorted(wanted.tolist())
+        assert all(np.array_equal(frame, whole[number]) for number, frame in found)
