@@ -104,11 +104,17 @@ def test_a_repaired_redone_shard(job: JobFolder) -> None:
     assert job.content() == content
 
 
-def test_a_missing_part_is_work_left(job: JobFolder) -> None:
+def test_a_missing_part_is_found_and_done_again(job: JobFolder) -> None:
+    """The log of events remembers it; without the log it is work left."""
     (job.out / "data/shard-00000003.parquet").unlink()
     code, told = _verify(job)
-    assert code == 75
+    assert code == 1
     assert told["rows_left"] == 6
+    assert [f["file"] for f in told["findings"]] == ["data/shard-00000003.parquet"]
+    (job.out / "events.jsonl").unlink()
+    assert _verify(job)[0] == 75
+    assert job.run().returncode == 0
+    assert _verify(job)[0] == 0
 
 
 def test_a_stray_file_is_named(job: JobFolder) -> None:

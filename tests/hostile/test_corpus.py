@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from jobs.cli import main
 from pipeline import urls
 from pipeline.errors import CODES, RowError
 from pipeline.feeder import END, Feeder
@@ -115,6 +118,26 @@ def test_every_input_ends_as_it_should(
     states, _ = corpus.outcomes(table)
     assert states == corpus.expected[table]
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("table", ["files", "paths", "lists", "texts", "messages", "mixed"])
+def test_the_same_through_the_command_line(
+    corpus: Corpus, table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the model that ships, to the committed rows: the job itself ends well."""
+    settings = corpus.settings(table)
+    values = settings.model_dump(mode="json", include={"input", "prompts"}, exclude_none=True)
+    values |= {"model": {"id": "demo"}, "generation": {"max_new_tokens": 2}}
+    values |= {"output": {"path": str(tmp_path / "out"), "rows_per_shard": 10_000}}
+    config = tmp_path / "job.yaml"
+    config.write_text(yaml.safe_dump(values))
+    assert main(["run", str(config)]) == 0, capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    states: dict[str, str] = {}
+    for row in pq.read_table(tmp_path / "out/data").to_pylist():
+        name = row["row_id"] if row["row_id"] not in states else f"{row['row_id']}#2"
+        states[name] = row["error_code"] or row["status"]
+    assert states == corpus.expected[table]
 
 
 def test_special_tokens_in_text_forge_nothing(corpus: Corpus) -> None:
