@@ -144,6 +144,10 @@ def test_damage_of_the_plan_is_one_sentence(job: JobFolder, name: str) -> None:
     file = job.out / name
     file.write_bytes(file.read_bytes().replace(b'"', b"'", 3))
     done = job.call("verify", str(job.out))
+    assert done.returncode == 1
+    assert name in done.stdout
+    assert "is damaged" in done.stdout
+    done = job.call("status", str(job.out))
     assert done.returncode == 2
     assert name in done.stderr
     assert done.stderr.count("\n") == 1
