@@ -159,7 +159,7 @@ class _Work:
     vision_flops: float = 0.0
     prefill_flops: float = 0.0
     decode_bytes: float = 0.0  # of keys and values, over all steps
-    longest: int = 0
+    largest: float = 0.0  # keys and values that one row keeps
 
 
 def estimate(
@@ -268,7 +268,10 @@ def _add_work(plan: Plan, sizes: ModelSizes, work: _Work) -> None:
                     work.video_tokens += image.layout.num_tokens
             work.output_tokens += new
             work.decode_bytes += new * (request.num_tokens + new / 2) * sizes.kv_values_per_token
-            work.longest = max(work.longest, request.num_tokens + new)
+            states = sum(image.layout.num_states for image in request.images)
+            work.decode_bytes += new * states * sizes.values_per_state
+            kept = (request.num_tokens + new) * sizes.kv_values_per_token
+            work.largest = max(work.largest, kept + states * sizes.values_per_state)
 
 
 def _vision_flops(sizes: ModelSizes, layout: ImageLayout) -> float:
@@ -298,7 +301,7 @@ def _add_cost(
     value_bytes = _DTYPE_BYTES[model.dtype]
     weights = weight_bytes(sizes, model)
     usable = card.memory_gb * 1e9 * settings.engine.memory_fraction - weights
-    row_bytes = work.longest * sizes.kv_values_per_token * value_bytes
+    row_bytes = work.largest * value_bytes
     slots = max(0, min(MAX_SLOTS, int(usable // max(row_bytes, 1))))
     result.memory = Memory(
         card_gb=card.memory_gb,

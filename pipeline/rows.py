@@ -129,8 +129,8 @@ class ImageLayout:
     num_padding_states: int = 0  # more of them, which only tokens before the image read
 
     @property
-    def num_prefill_tokens(self) -> int:
-        """Tokens whose decoding costs about what the image's states cost; for budgets."""
+    def state_cost(self) -> int:
+        """Tokens whose prefill costs about what the image's states cost; for budgets."""
         return (self.num_states + self.num_padding_states) // STATES_PER_TOKEN
 
 
@@ -217,8 +217,7 @@ class Group:
     @property
     def num_prefill_tokens(self) -> int:
         own = sum(r.num_tokens - self.num_shared_tokens for r in self.requests)
-        states = sum(image.layout.num_prefill_tokens for image in self.images)
-        return self.num_shared_tokens - self.num_prefix_tokens + own + states
+        return self.num_shared_tokens - self.num_prefix_tokens + own
 
 
 @dataclass(frozen=True, slots=True)

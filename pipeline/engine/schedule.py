@@ -43,7 +43,7 @@ class Piece:
     @property
     def cost(self) -> int:
         """Tokens, and what the images' states cost beside them."""
-        return self.num_tokens + sum(i.layout.num_prefill_tokens for i, _ in self.images)
+        return self.num_tokens + sum(i.layout.state_cost for i, _ in self.images)
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +114,12 @@ class Scheduler:
 
     @property
     def num_waiting_tokens(self) -> int:
-        return sum(w.group.num_prefill_tokens for w in self.waiting)
+        return sum(self._cost(w.group) for w in self.waiting)
+
+    def _cost(self, group: Group) -> int:
+        if self.state_pool is None:
+            return group.num_prefill_tokens
+        return group.num_prefill_tokens + sum(i.layout.state_cost for i in group.images)
 
     def add_prefix(self, prefix: Prefix, pixels: Seq[Any], release: Any) -> None:
         """Make `prefix` the current one for the groups that follow."""
@@ -183,7 +188,7 @@ class Scheduler:
         """Enough waits, and enough lanes are free, for a batch near its full size."""
         tokens, requests = 0, 0
         for work in self.waiting:
-            tokens += work.group.num_prefill_tokens
+            tokens += self._cost(work.group)
             requests += len(work.waiting)
             if tokens >= self.prefill_tokens * 3 // 4:
                 return len(self.free_lanes) >= min(requests, max(1, self.num_slots // 8))
@@ -203,7 +208,7 @@ class Scheduler:
         while work.waiting and self.free_lanes:
             request = work.waiting[0]
             own = request.num_tokens - work.group.num_shared_tokens
-            own += sum(i.layout.num_prefill_tokens for i, _ in work.images_of(request))
+            own += sum(i.layout.state_cost for i, _ in work.images_of(request))
             if own > budget and not alone:
                 break
             error = self._own_error(work, request)

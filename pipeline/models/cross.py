@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from pipeline.models.fp8 import quantize_block
 from pipeline.models.layers import GatedMLP, Linear, RMSNorm
 from pipeline.models.loading import Weights
 
@@ -94,3 +96,18 @@ class CrossParts:
             Scaled(mlp, gates[1]),
             StateKeys(keys, norms[1]),
         )
+
+
+def quantize_cross(layer: Any) -> None:
+    """Turn the maps of a cross-attention layer to float8; those of the states stay as they are."""
+    for part, name in ((layer.qkv, "linear"), (layer.out, "inner"), (layer.mlp, "inner")):
+        holder = _Holder(getattr(part, name))
+        quantize_block(holder, {})
+        setattr(part, name, holder.mlp if part is layer.mlp else holder.out)
+
+
+class _Holder:
+    """One map under the names that `quantize_block` looks for."""
+
+    def __init__(self, map: Any) -> None:
+        self.out = self.mlp = map

@@ -41,6 +41,7 @@ class ModelSizes:
     patches_per_token: int = 4
     patches_per_run: int = 0  # patches that see each other in full blocks; 0: an image's
     vision_width: int = 0
+    values_per_state: int = 0  # keys and values of an image state that layers attend to
     vision_full_blocks: int = 0  # blocks in which all patches of an image see each other
     audio_params: int = 0  # work on every 20 ms of sound, two for a token
     active_params: int = 0  # of the decoder, that one token meets; 0: all

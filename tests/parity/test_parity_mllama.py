@@ -334,6 +334,19 @@ def test_few_states_at_once(folders: dict[str, Path], truth: dict[Any, Any]) -> 
             assert completion.output_ids == truth[key][1]
 
 
+@torch.inference_mode()
+def test_float8_is_close(folders: dict[str, Path]) -> None:
+    """Cross-attention layers are quantised like the others."""
+    model = open_ours(folders["original"], spec.build)
+    prompt = make_prompt(model.family, PROMPTS["one image"])
+    exact = model.decoder.logits(our_hidden(model, prompt))
+    model.quantize()
+    cross = model.decoder.layers[1]
+    kinds = [type(x).__name__ for x in (cross.qkv.linear, cross.out.inner, cross.mlp.inner)]
+    assert kinds == ["Fp8Linear", "Fp8Linear", "Fp8GatedMLP"]
+    assert difference(model.decoder.logits(our_hidden(model, prompt)), exact) < 0.1
+
+
 def test_a_repetition_penalty_knows_the_image_token(folders: dict[str, Path]) -> None:
     bench = Bench.open(folders["original"])
     requests = questions(bench, rows=2, repetition_penalty=1.3)

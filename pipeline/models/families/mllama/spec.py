@@ -183,6 +183,7 @@ def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any]) -> ModelSizes:
         vision_params=depth * block,
         projector_params=outputs * hidden,
         patches_per_token=states,
+        values_per_state=2 * len(text["cross_attention_layers"]) * kv_heads * head_dim,
         vision_width=width,
         vision_full_blocks=depth,
     )
