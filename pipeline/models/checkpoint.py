@@ -23,6 +23,11 @@ DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.tiktoken")
 _CONFIGS = ("config.json", "params.json")
+_INDICES = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "consolidated.safetensors.index.json",
+)
 _EDGE_BYTES = 64 << 10  # of a large file's head and tail, for its identity
 _PICKLED = (".bin", ".pth", ".pt")
 _IDENTIFYING = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".safetensors", *_PICKLED}
@@ -122,7 +127,7 @@ class Checkpoint:
     @property
     def num_weight_bytes(self) -> int | None:
         """Bytes of the weights as far as the folder tells without a download."""
-        for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        for name in _INDICES:
             index = self.json(name)
             if index and "total_size" in index.get("metadata", {}):
                 return int(index["metadata"]["total_size"])
