@@ -191,7 +191,7 @@ class Preparer:
             for (image, layout), start in zip(stored, starts, strict=True)
         )
         sampling = self._sampling[key.prompt]
-        self._check_length(tokens, sampling)
+        self._check_length(tokens, sampling, layouts)
         positions, following = self._family.positions(tokens, placed)
         return Request(
             key=key,
@@ -204,13 +204,15 @@ class Preparer:
             text=self._family.prompt_text(turns),
         )
 
-    def _check_length(self, tokens: np.ndarray, sampling: SamplingParams) -> None:
+    def _check_length(
+        self, tokens: np.ndarray, sampling: SamplingParams, layouts: Sequence[ImageLayout]
+    ) -> None:
         needed = len(tokens) + sampling.max_new_tokens
         if needed > self._context:
             raise RowError(
                 "prompt_too_long",
                 f"The prompt's {len(tokens)} tokens and {sampling.max_new_tokens} for the answer"
-                f" exceed the context of {self._context}.",
+                f" exceed the context of {self._context}.{_advice(layouts)}",
             )
 
 
@@ -222,6 +224,13 @@ def _check_takes(settings: LabelSettings, family: Family) -> None:
                 f"input.{kind} names the column {column!r}, and {settings.model.id} takes no"
                 f" {PLURALS[kind]}; `vlm-batch models` says which families do"
             )
+
+
+def _advice(layouts: Sequence[ImageLayout]) -> str:
+    tokens = sum(layout.num_tokens for layout in layouts if layout.clip is not None)
+    if not tokens:
+        return ""
+    return f" Its videos take {tokens}: lower video.max_frames or video.max_pixels."
 
 
 def _row_error(error: Exception) -> RowError:

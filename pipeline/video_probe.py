@@ -13,6 +13,7 @@ import socket
 import subprocess
 import threading
 import time
+from hashlib import blake2b
 from typing import Any
 
 from pipeline import audio, helper_process
@@ -24,6 +25,7 @@ from pipeline.video import Limits, probe
 MEMORY_BYTES = 4 << 30  # of the process beyond the bytes of the largest video
 START_SEC = 60.0  # patience with a new process, beside the video's own
 MAX_CRASHES = 2
+KEPT = 4096
 _GRACE_SEC = 2.0
 
 
@@ -42,15 +44,23 @@ class VideoProber:
         self._memory = MEMORY_BYTES + 2 * largest
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._known: dict[bytes, VideoInfo] = {}  # by content: many rows may ask about one video
         self._lock = threading.Lock()
 
     def probe(self, data: bytes) -> VideoInfo:
         """What the video is. Raises: RowError."""
+        digest = blake2b(data, digest_size=16).digest()
         with self._lock:
+            known = self._known.get(digest)
+            if known is not None:
+                return known
             code, answer = self._answer(data)
-        if code is not None:
-            raise RowError(code, str(answer))
-        return VideoInfo(*answer)
+            if code is not None:
+                raise RowError(code, str(answer))
+            info = self._known[digest] = VideoInfo(*answer)
+            if len(self._known) > KEPT:
+                del self._known[next(iter(self._known))]
+        return info
 
     def probe_audio(self, data: bytes) -> int:
         """Samples of a recording at 16 kHz. Raises: RowError."""

@@ -174,3 +174,16 @@ def test_a_model_without_videos_is_refused_before_any_work(tmp_path: Path) -> No
     settings = _settings(write_smolvlm(tmp_path / "model"), input=input_)
     with pytest.raises(UserError, match="takes no videos"):
         estimate(settings)
+
+
+def test_a_video_that_fills_the_context_says_what_to_lower(folders: Path) -> None:
+    folder = WRITERS["qwen2_vl"](folders / "context")
+    settings = _settings(folder, input={"video": "v"}, engine={"max_context": 30})
+    labeller = Labeller(settings)
+    try:
+        row = Row("r", 0, {}, videos=(ImageRef(data=GOOD, kind="video"),))
+        answers = list(labeller.label([ShardWork("s", [row])]))
+    finally:
+        labeller.close()
+    assert {answer.error_code for answer in answers} == {"prompt_too_long"}
+    assert all("lower video.max_frames" in str(answer.error) for answer in answers)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -80,7 +83,51 @@ def test_the_process_may_be_killed_between_two_videos(prober: VideoProber) -> No
     assert prober._process is not None
     os.kill(prober._process.pid, signal.SIGKILL)
     prober._process.wait()
-    assert prober.probe(data).num_frames == 6
+    assert prober.probe(video(7, 6)).num_frames == 7
+
+
+def test_a_video_is_measured_once(prober: VideoProber, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, other = video(6, 6), video(7, 6)
+    info = prober.probe(data)
+    monkeypatch.setattr(prober, "_answer", lambda _: (None, (1, 2, 3, 4.0)))
+    assert prober.probe(data) is info
+    assert prober.probe(other) == VideoInfo(1, 2, 3, 4.0)
+    monkeypatch.setattr(video_probe, "KEPT", 1)
+    prober.probe(video(8, 6))
+    assert len(prober._known) <= 2
+
+
+_HOLDER = """
+import sys
+from pipeline.settings import InputSettings
+from pipeline.video_probe import VideoProber
+from tests.helpers.videos import video
+prober = VideoProber(InputSettings(path="x"))
+prober.probe(video(3, 3))
+print(prober._process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_process_ends_with_its_killed_owner() -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 10
+    while _lives(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _lives(pid)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
+    except OSError:
+        return False
 
 
 def test_nothing_is_started_without_a_video() -> None:
