@@ -51,7 +51,7 @@ def make(folder: Path, size: str, tokenizer: Path, device: str = "cpu") -> Path:
         sizes = SIZES[size]
         _copy_tokenizer(tokenizer, folder)
         _write_small_files(folder)
-        _write_weights(folder, dict(tensors(sizes)), device)
+        write_weights(folder, dict(tensors(sizes)), device)
         _write(folder / "config.json", config(sizes, ROPE[size]))
     return folder
 
@@ -153,7 +153,7 @@ def _vision_block(start: str, sizes: dict[str, int]) -> Iterator[tuple[str, tupl
     yield from _linear(f"{start}mlp.down_proj", inner, width)
 
 
-def _write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], device: str) -> None:
+def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], device: str) -> None:
     import torch
     from safetensors.torch import save_file
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.models.family import ModelSizes
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,32 @@ def work(shapes: Shapes, patches: Iterable[int], answers: Iterable[tuple[int, in
         vision_attention=sum(shapes.vision_attention_flops(n) for n in images),
         prefill_attention=sum(shapes.prefill_attention_flops(p, cached) for p, cached, _ in rows),
     )
+
+
+def work_of_sizes(
+    sizes: ModelSizes, image_tokens: Iterable[int], answers: Iterable[tuple[int, int, int]]
+) -> Work:
+    """As `work`, from what a family tells of its weights: for those without `Shapes`."""
+    token = 2.0 * (sizes.active_params or sizes.decoder_params)
+    pair = 4.0 * sizes.num_layers * sizes.num_heads * sizes.head_dim
+    vision = vision_attention = prefill = prefill_attention = decode = decode_bytes = 0.0
+    for count in image_tokens:
+        patches = count * sizes.patches_per_token
+        seen = min(patches, sizes.patches_per_run or patches)
+        attention = 4.0 * patches * seen * sizes.vision_width * sizes.vision_full_blocks
+        vision += 2.0 * (sizes.vision_params * patches + sizes.projector_params * count)
+        vision_attention += attention
+    for prompt, cached, output in answers:
+        new, steps = prompt - cached, max(0, output - 1)
+        prefill += new * token + sizes.embedding_params
+        prefill_attention += (new * cached + new * (new + 1) / 2) * pair
+        pairs = steps * prompt + steps * (steps + 1) / 2
+        decode += steps * (token + sizes.embedding_params) + pairs * pair
+        decode_bytes += 2.0 * sizes.kv_values_per_token * pairs
+    return Work(
+        vision + vision_attention, prefill + prefill_attention, decode, decode_bytes,
+        vision_attention, prefill_attention,
+    )  # fmt: skip
 
 
 def peaks(device: str) -> Peaks:

@@ -21,7 +21,7 @@ from pipeline.settings import (
     PromptSettings,
 )
 from scripts.bench import workloads
-from scripts.bench.limits import Peaks, Shapes, Work, work
+from scripts.bench.limits import Peaks, Shapes, Work, work, work_of_sizes
 from scripts.bench.workloads import Workload
 
 RATIOS = ("_share", "_occupancy")  # of the labeller's counters: not to be subtracted
@@ -173,23 +173,28 @@ def _reset_peak(labeller: Any) -> None:
 
 def needed_work(
     repetition: Repetition, model: str, options: dict[str, Any]
-) -> tuple[Work, Shapes] | None:
-    """The floating point work of a repetition's answers; None for a family we have no sums of."""
+) -> tuple[Work, Shapes | None] | None:
+    """The floating point work of a repetition's answers; None for a family that tells no sizes.
+
+    The shapes are Qwen-VL's; for other families the work follows from their sizes alone.
+    """
     from pipeline.models.checkpoint import Checkpoint
     from pipeline.models.registry import family_for
 
     chosen = ModelSettings(id=model, **options)
     checkpoint = Checkpoint.open(chosen)
+    family = family_for(checkpoint, chosen)
+    layouts = [family.layout(*size) for size in repetition.workload.sizes]
+    answers = [
+        (a.num_prompt_tokens, a.num_cached_tokens, a.num_output_tokens) for a in repetition.answers
+    ]
     try:
         shapes = Shapes.of(checkpoint.config)
     except KeyError:
-        return None
-    family = family_for(checkpoint, chosen)
-    grids = [family.layout(*size).grid for size in repetition.workload.sizes]
-    patches = [frames * rows * columns for frames, rows, columns in grids]
-    answers = (
-        (a.num_prompt_tokens, a.num_cached_tokens, a.num_output_tokens) for a in repetition.answers
-    )
+        if not family.sizes.num_params:
+            return None
+        return work_of_sizes(family.sizes, [x.num_tokens for x in layouts], answers), None
+    patches = [frames * rows * columns for frames, rows, columns in (x.grid for x in layouts)]
     return work(shapes, patches, answers), shapes
 
 

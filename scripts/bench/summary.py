@@ -53,7 +53,7 @@ def of_the_limit(
         "peak_tflops": round(peaks.flops / 1e12, 3),
         "peak_gb_s": round(peaks.bytes_per_s / 1e9),
     }
-    if with_stages:
+    if with_stages and shapes is not None:
         kind = options.get("quantization", "none")
         measured = ceilings.measure(shapes, device, peaks, kind)
         size = BYTES[kind] if device.startswith("cuda") else 4

@@ -1,0 +1,67 @@
+"""Published checkpoints' sizes: every family builds at them, and random weights load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.families.deepseek_vl2 import spec
+from pipeline.models.registry import family_for
+from pipeline.settings import ModelSettings
+from scripts.bench import published
+from scripts.bench.limits import work_of_sizes
+from tests.helpers.deepseek_vl2_checkpoint import IDS, write_deepseek_vl2
+from tests.helpers.parity import open_ours
+
+PARAMETERS = {
+    "deepseek-vl2": 27_464_895_896,
+    "deepseek-vl2-small": 16_243_211_632,
+    "deepseek-vl2-tiny": 3_355_263_088,
+    "janus-pro-1b": 1_962_640_384,  # without the generation of images
+    "janus-pro-7b": 7_235_034_112,
+    "kimi-vl-a3b": 16_407_656_048,
+}
+
+
+@pytest.mark.parametrize("name", published.names())
+def test_a_family_builds_at_its_published_size(name: str, tmp_path: Path) -> None:
+    published.write_small_files(name, tmp_path)
+    count = sum(prod(shape) for shape in published.shapes(tmp_path).values())
+    assert count == PARAMETERS[name]
+    settings = ModelSettings(id=str(tmp_path))
+    family = family_for(Checkpoint.open(settings), settings)
+    assert family.sizes.num_params == pytest.approx(count, rel=0.002)
+    assert family.eos_token_ids
+
+
+def test_work_follows_from_sizes(tmp_path: Path) -> None:
+    """Of a mixture, the experts that a token meets; twice the parameters a token."""
+    published.write_small_files("kimi-vl-a3b", tmp_path)
+    settings = ModelSettings(id=str(tmp_path))
+    sizes = family_for(Checkpoint.open(settings), settings).sizes
+    one = work_of_sizes(sizes, [1036], [(1100, 0, 1)])
+    assert one.prefill - one.prefill_attention == 2.0 * 1100 * sizes.active_params + (
+        sizes.embedding_params
+    )
+    assert one.decode == one.decode_bytes == 0
+    assert 0.5 < one.vision / one.prefill < 2
+    assert work_of_sizes(sizes, [], [(1100, 0, 2)]).decode_bytes == 2 * 15552 * 1101
+
+
+def test_random_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = write_deepseek_vl2(tmp_path / "small", "base")
+    kept = tmp_path / "published/small"
+    kept.mkdir(parents=True)
+    for name in ("config.json", "processor_config.json"):
+        shutil.copyfile(small / name, kept / name)
+    (kept / "tokens.json").write_text(json.dumps(IDS))
+    monkeypatch.setattr(published, "PUBLISHED", tmp_path / "published")
+    folder = published.make("small", tmp_path / "made")
+    assert published.make("small", folder) == folder
+    model = open_ours(folder, spec.build)
+    assert model.family.image_token_id == IDS["<image>"]
