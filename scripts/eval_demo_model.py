@@ -78,7 +78,7 @@ def ask_transformers(folder: Path, rows: list[dict], device: str) -> Answers:
     return out
 
 
-def ask_ours(folder: Path, rows: list[dict], device: str) -> Answers:
+def ask_ours(folder: Path, rows: list[dict], device: str, quantization: str = "none") -> Answers:
     """Greedy answers of this package."""
     sys.path.insert(0, str(ROOT))
     from pipeline.labeller import Labeller
@@ -87,7 +87,10 @@ def ask_ours(folder: Path, rows: list[dict], device: str) -> Answers:
 
     settings = LabelSettings.model_validate(
         {
-            "model": {"id": "demo" if folder == ROOT / "pipeline" / "demo" else str(folder)},
+            "model": {
+                "id": "demo" if folder == ROOT / "pipeline" / "demo" else str(folder),
+                "quantization": quantization,
+            },
             "input": {"path": "scenes.parquet", "image": "image"},
             "prompts": {
                 name: {"text": text, "max_new_tokens": MAX_NEW_TOKENS[name]}
@@ -134,6 +137,31 @@ def scores(rows: list[dict], answers: Answers) -> dict[str, dict[str, float]]:
     }
 
 
+def lost(rows: list[dict], plain: Answers, quantized: Answers, name: str) -> dict:
+    """What quantisation costs: its scores, and each prompt's share of right answers with both."""
+    prompts = (*PROMPTS, "answer")
+
+    def share(answers: Answers, prompt: str) -> float:
+        right = [answers[i, prompt] == row[f"{prompt}_truth"] for i, row in enumerate(rows)]
+        return sum(right) / len(right)
+
+    return {
+        "quantization": name,
+        "exact_match_quantized": scores(rows, quantized),
+        "same_text": sum(plain[key] == quantized[key] for key in plain) / len(plain),
+        "accuracy": {p: [share(plain, p), share(quantized, p)] for p in prompts},
+    }
+
+
+def show(report: dict) -> None:
+    for part in ("exact_match", "exact_match_quantized"):
+        for group, shares in report.get(part, {}).items():
+            marks = (f"{name} {100 * share:.1f}" for name, share in shares.items())
+            print(report["quantization"] if "quant" in part else "plain", group, *marks, sep="  ")
+    for prompt, (before, after) in report.get("accuracy", {}).items():
+        print(f"{prompt}: {100 * before:.1f} % right, {100 * after:.1f} % quantised")
+
+
 def main() -> int:
     """Prints the scores; 1 when a prompt is under the floor."""
     parser = argparse.ArgumentParser(
@@ -145,19 +173,26 @@ def main() -> int:
     )
     parser.add_argument("--engine", choices=tuple(ENGINES), default="ours")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--quantization", choices=["none", "fp8"], default="none", help="ask once more with it"
+    )
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--floor", type=float, default=0.0, help="least share for each prompt")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--wrong", action="store_true", help="print the wrong answers")
     args = parser.parse_args()
     rows = read(args.data, args.limit)
-    answers = ENGINES[args.engine](args.model.resolve(), rows, args.device)
+    folder = args.model.resolve()
+    answers = ENGINES[args.engine](folder, rows, args.device)
     result = scores(rows, answers)
+    report = {"rows": len(rows), "engine": args.engine, "exact_match": result}
+    if args.quantization != "none":
+        quantized = ask_ours(folder, rows, args.device, args.quantization)
+        report |= lost(rows, answers, quantized, args.quantization)
     if args.json:
-        print(json.dumps({"rows": len(rows), "engine": args.engine, "exact_match": result}))
+        print(json.dumps(report))
     else:
-        for group, shares in result.items():
-            print(group, *(f"{name} {100 * share:.1f}" for name, share in shares.items()), sep="  ")
+        show(report)
     if args.wrong:
         for (i, name), answer in answers.items():
             if answer != rows[i][f"{name}_truth"]:

@@ -77,7 +77,7 @@ def size_engine(model: Model, settings: EngineSettings) -> EngineSizes:
     slots, tokens = settings.decode_slots, settings.prefill_tokens
     if tokens == "auto":
         tokens = 16_384 if cuda else 2_048
-    wanted = slots if slots != "auto" else (512 if cuda else 64)
+    wanted = slots if slots != "auto" else (512 if cuda else 256)
     free = _free_bytes(model, settings)
     states = states_of_an_image(model)
     typical = TYPICAL_TEXT if states else TYPICAL_SEQUENCE

@@ -25,7 +25,7 @@ from pipeline.settings import (
 from scripts.bench import workloads
 from scripts.bench.check_peer import Asked, Peer
 
-BATCH_SIZES = (8, 16, 32, 64)
+BATCH_SIZES = (8, 16, 32, 64)  # as far as there are rows
 PROBE_ROWS = 24  # of which the best batch size is found
 DEMO_PROMPTS = {
     "caption": ("Describe this image.", 64),
@@ -192,7 +192,8 @@ def _probe(peer: Peer, rows: Table) -> dict[int, float]:
     """Seconds an answer at each batch size: the quicker of two passes over the first rows."""
     _timed(peer, rows, 8, 2)
     found: dict[int, float] = {}
-    for size in (*BATCH_SIZES, *BATCH_SIZES):
+    sizes = [size for size in BATCH_SIZES if size <= len(rows.images)] or BATCH_SIZES[:1]
+    for size in (*sizes, *sizes):
         num_rows = min(max(PROBE_ROWS, size), len(rows.images))
         seconds = _timed(peer, rows, size, num_rows).seconds / (num_rows * len(rows.prompts))
         found[size] = min(seconds, found.get(size, seconds))

@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     add("--max-len", type=int, default=4096)
     add("--quantization", default=None, help="none by default; fp8")
     add("--seconds", type=float, default=540, help="start no repetition that would end later")
+    add("--no-warmup", action="store_true", help="measure from the first row on")
     add("--out", type=Path, required=True, help="JSON lines are appended to it")
     return parser.parse_args()
 
@@ -123,7 +124,7 @@ def main() -> None:
     started = time.perf_counter()
     engine, about = start_engine(args)
     print(f"vLLM {about['version']} started in {about['start_s']} s", file=sys.stderr, flush=True)
-    for load in WARMUPS:
+    for load in () if args.no_warmup else WARMUPS:
         repetition(engine, workloads.make(*load))
     for name, reps in workloads.asked(args.work, args.reps):
         slowest = 0.0

@@ -31,6 +31,15 @@ fp8() { # about 4 minutes
   bench fp8.jsonl --shape 7b --quantization fp8 \
     --work caption:3,mixed:3,vqa:3,prefix:3,ocr:1 --roofline --seconds 480
 }
+fp8_error() { # logits of fp8 beside bf16's; right answers lost by the model that ships
+  for model in demo /dev/shm/vlm-batch-7b; do
+    python3 scripts/bench/fp8.py --model "$model" --rows "$([ "$model" = demo ] && echo 200 || echo 8)" \
+      --results "$OUT/fp8_error.jsonl"
+  done
+}
+feeder() { # the host alone, on this machine's cores
+  python3 scripts/bench/feeder.py --workers 14 --images 3000 --results "$OUT/feeder.jsonl"
+}
 job() { bench job.jsonl --shape 7b --work caption --through job; }
 small() { # the 3B shapes
   bench small.jsonl --shape 3b --work caption:3,mixed:3 --roofline --seconds 240

@@ -48,7 +48,7 @@ def standin(tmp_path: Path) -> Path:
 
 
 def test_vllm_is_asked_our_rows(standin: Path) -> None:
-    asked = ["--work", "mixed:2,vqa:1", "--rows", "8", "--seed", "3"]
+    asked = ["--work", "mixed:2,vqa:1", "--rows", "8", "--no-warmup", "--seed", "3"]
     lines = peer.run("vllm", "folder", str(standin), asked)
     assert [(line["work"], line["rows"]) for line in lines] == [
         ("mixed", 8),
