@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Iterator
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -16,6 +18,7 @@ from pipeline.errors import RowError
 from pipeline.rows import ImageRef
 from pipeline.settings import InputSettings
 from pipeline.video_probe import VideoProber
+from tests.helpers.videos import video
 
 SETTINGS = InputSettings(path="-", audio="audio", max_audio_sec=20.0)
 LIMIT = 20.0
@@ -63,6 +66,60 @@ def test_formats(kind: str, rate: int) -> None:
     assert 0.15 < found.std() < 0.4
 
 
+def streamed(kind: str, codec: str, rate: int = 44_100, sec: float = 2.0) -> bytes:
+    """Two channels through PyAV."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=kind) as container:
+        stream: Any = container.add_stream(codec, rate=rate)
+        stream.layout = "stereo"
+        samples = np.ascontiguousarray(tone(int(rate * sec), rate, 2).T)
+        frame = av.AudioFrame.from_ndarray(samples, "fltp", "stereo")
+        frame.sample_rate = rate
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec", "rate"),
+    [("ipod", "aac", 44_100), ("adts", "aac", 16_000), ("webm", "libopus", 48_000)],
+)
+def test_formats_of_streams(kind: str, codec: str, rate: int) -> None:
+    found = samples_of(streamed(kind, codec, rate))
+    assert abs(len(found) - 32_000) < 16_000 * 0.15
+    assert 0.15 < found.std() < 0.4
+
+
+def test_the_sound_of_a_video() -> None:
+    assert abs(len(samples_of(video(sound=True, num_frames=20))) - 32_000) < 4_000
+    with pytest.raises(RowError, match="no sound") as caught:
+        samples_of(video(num_frames=3))
+    assert caught.value.code == "not_audio"
+
+
+def mp3(sec: float = 7.3, rate: int = 44_100, **how: str) -> bytes:
+    return encoded(tone(int(rate * sec), rate, 2), rate, "MP3", **how)
+
+
+def test_an_mp3_is_what_libsndfile_hears() -> None:
+    """With its tag, both trim what the encoder added."""
+    data = mp3(2.0, 16_000)
+    theirs, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+    found = samples_of(data)
+    assert len(found) == len(theirs)
+    assert np.abs(found - theirs.mean(1)).max() < 1e-4
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_without_its_tag_is_heard_to_its_end(mode: str) -> None:
+    """libsndfile takes it for a seventh as long."""
+    data = mp3(bitrate_mode=mode)
+    bare = data[data.find(b"\xff\xfb", 4) :]
+    assert abs(len(samples_of(bare)) - 7.3 * 16_000) < 0.1 * 16_000
+    tagged = b"ID3\x04\x00\x00\x00\x00\x00\x0a" + bytes(10) + data + b"TAG" + bytes(125)
+    assert len(samples_of(tagged)) == 7.3 * 16_000
+
+
 def cut(data: bytes, share: float) -> bytes:
     return data[: int(len(data) * share)]
 
@@ -75,6 +132,7 @@ def wav_header(num_bytes: int, rate: int = 16_000, channels: int = 1) -> bytes:
 
 
 LONG = tone(16_000 * 10)
+MP3_CODES = {"corrupt_audio", "not_audio", "truncated_audio", "empty_audio"}
 NAN = np.full((900, 1), np.nan, np.float32)
 SILENCE = np.zeros((8000 * 2000, 1), np.int16)
 BROKEN = {
@@ -88,6 +146,9 @@ BROKEN = {
     "cut header": (encoded(LONG)[:20], {"not_audio", "corrupt_audio", "empty_audio"}),
     "no samples": (encoded(LONG[:0]), {"empty_audio"}),
     "numberless": (encoded(NAN, subtype="FLOAT"), {"corrupt_audio"}),
+    "long mp3": (mp3(21.0), {"audio_too_long"}),
+    "mp3 of noise": (mp3(0.5)[:200] + np.random.default_rng(0).bytes(9000), MP3_CODES),
+    "cut m4a": (cut(streamed("ipod", "aac"), 0.5), {"corrupt_audio"}),
     "too long": (encoded(tone(16_000 * 21)), {"audio_too_long"}),
     "too long, unheard": (encoded(SILENCE, 8000, "FLAC"), {"audio_too_long"}),
     "absurd rate": (wav_header(2000, rate=3) + bytes(2000), {"corrupt_audio", "audio_too_long"}),
