@@ -271,6 +271,16 @@ def test_a_wrong_tensor_is_named(tmp_path: Path, change: str) -> None:
         load_model(checkpoint, family, "cpu", torch.float32)
 
 
+def test_a_twin_without_its_tower_is_named(tmp_path: Path) -> None:
+    file = write_twin(tmp_path, "1.6") / "model.safetensors"
+    tensors = load_file(file)
+    save_file({n: t for n, t in tensors.items() if "position_embedding" not in n}, file)
+    settings = ModelSettings(id=str(tmp_path))
+    checkpoint = Checkpoint.open(settings)
+    with pytest.raises(UserError, match="position_embedding"):
+        load_model(checkpoint, family_for(checkpoint, settings), "cpu", torch.float32)
+
+
 def test_a_tower_that_is_nowhere_is_named(tmp_path: Path) -> None:
     folder = write_original(tmp_path, "1.5")
     (folder / "clip-tiny" / "pytorch_model.bin").unlink()

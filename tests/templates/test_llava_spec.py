@@ -218,6 +218,9 @@ def test_a_crop_of_an_extreme_image_is_refused(tmp_path: Path) -> None:
         ({"mm_use_im_start_end": True}, "marks around images"),
         ({"mm_vision_tower": "somebody/eva"}, "somebody/eva"),
         ({"mm_vision_select_layer": [-2, -5]}, "layer"),
+        ({"image_grid_pinpoints": None}, "image_grid_pinpoints"),
+        ({"image_grid_pinpoints": "(axb)"}, "image_grid_pinpoints"),
+        ({"image_grid_pinpoints": [[336, 500]]}, "multiples of 336"),
     ],
 )
 def test_what_is_not_supported_is_named(

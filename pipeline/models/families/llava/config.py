@@ -143,7 +143,8 @@ def _original(checkpoint: Checkpoint, name: str) -> LlavaConfig:
         aspect = "crop" if tower.kind == "clip" else "squash"
     merge = c.get("mm_patch_merge_type", "flat")
     _check_tiling(checkpoint, aspect, merge, select)
-    pairs = _pinpoints(c.get("image_grid_pinpoints"), tower.side)
+    tiled = aspect.startswith("anyres")
+    pairs = _pinpoints(c.get("image_grid_pinpoints"), tower.side) if tiled else ()
     return LlavaConfig(
         original=True,
         decoder=decoder,
@@ -179,17 +180,21 @@ def _projector_layers(checkpoint: Checkpoint, kind: str) -> int:
 
 def _pinpoints(value: Any, side: int) -> Sequence[tuple[int, int]]:
     """Pairs of a list, of a list's text, or of a text such as `(1x1),...,(6x6)` times `side`."""
-    if value is None:
-        return ()
-    if isinstance(value, str) and "x" in value:
-        cells = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", value)]
-        (top, left), (bottom, right) = cells[0], cells[-1]
-        return [
-            (i * side, j * side) for i in range(top, bottom + 1) for j in range(left, right + 1)
-        ]
-    if isinstance(value, str):
-        value = ast.literal_eval(value)
-    return [(int(a), int(b)) for a, b in value]
+    try:
+        if isinstance(value, str) and "x" in value:
+            cells = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", value)]
+            (top, left), (bottom, right) = cells[0], cells[-1]
+            return [
+                (i * side, j * side) for i in range(top, bottom + 1) for j in range(left, right + 1)
+            ]
+        if isinstance(value, str):
+            value = ast.literal_eval(value)
+        pairs = [(int(a), int(b)) for a, b in value]
+    except (ValueError, SyntaxError, IndexError, TypeError) as error:
+        raise UserError(f"config.json: image_grid_pinpoints {value!r} is no list") from error
+    if not pairs or any(a % side or b % side or not a * b for a, b in pairs):
+        raise UserError(f"config.json: image_grid_pinpoints are no multiples of {side}")
+    return pairs
 
 
 def _converted(checkpoint: Checkpoint, name: str) -> LlavaConfig:
@@ -207,7 +212,9 @@ def _converted(checkpoint: Checkpoint, name: str) -> LlavaConfig:
         aspect = _square_rule(checkpoint.preprocessor_config)
     elif onevision:
         aspect = c.get("vision_aspect_ratio", aspect)
-    pairs = c.get("image_grid_pinpoints") or (_ONEVISION if onevision else _PINPOINTS)
+    default_pairs = _ONEVISION if onevision else _PINPOINTS
+    tiled = aspect.startswith("anyres")
+    pairs = _pinpoints(c.get("image_grid_pinpoints", default_pairs), tower.side) if tiled else ()
     return LlavaConfig(
         original=False,
         decoder=decoder,
@@ -215,8 +222,8 @@ def _converted(checkpoint: Checkpoint, name: str) -> LlavaConfig:
         tower=tower,
         keeps_class=tower.kind == "clip" and strategy == "full",
         aspect=aspect,
-        pinpoints=tuple((int(a), int(b)) for a, b in pairs) if aspect.startswith("any") else (),
-        unpads=aspect.startswith("anyres"),
+        pinpoints=tuple(pairs),
+        unpads=tiled,
         projector_bias=bool(c.get("multimodal_projector_bias", True)),
         projector_act=c.get("projector_hidden_act", "gelu"),
         tied=bool(c.get("tie_word_embeddings") or text.get("tie_word_embeddings")),

@@ -200,7 +200,8 @@ def _take_tower(checkpoint: Checkpoint, sizes: TowerSizes, weights: Weights) -> 
         sizes.depth, sizes.size, sizes.heads, sizes.inner, sizes.patch, sizes.side, sizes.act,
         sizes.eps,
     )  # fmt: skip
-    if weights.has("vision_tower.embeddings.position_embedding.weight"):
+    inside = weights.has("vision_tower.embeddings.position_embedding.weight")
+    if inside or "mm_vision_tower" not in checkpoint.config:
         return _build_tower(sizes, config, weights)
     files = stock_tower(checkpoint).weight_files()
     stock = Weights(files, weights.device, weights.dtype, STOCK_RENAME)
