@@ -31,7 +31,7 @@ from pipeline.models.base import Model
 from pipeline.models.decoder import Attend
 
 SMALLEST_GRAPH = 16  # lanes
-INVARIANT_LANES = 32  # for which lengths are split where lanes must not matter
+INVARIANT_SPLITS = 4  # of each length, where neither lanes nor memory may matter
 
 
 class DecodeAttend:
@@ -129,7 +129,7 @@ class Decoder:
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         config = self.model.decoder.config
         if invariant():
-            num_lanes = INVARIANT_LANES
+            return INVARIANT_SPLITS
         return choose_splits(num_lanes, config.num_kv_heads, self.max_length, sms)
 
     def _capture(self, size: int, mode: SamplerMode) -> Captured:

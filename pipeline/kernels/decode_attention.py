@@ -170,7 +170,7 @@ def _decode_kernel(
         scores = block_scores(q, keys, scale, SOFTCAP)
         scores = tl.where(valid[None, :], scores, float("-inf"))
         values = tl.load(base_v + offset, mask=kv_mask, other=0.0)
-        best, norm, acc = fold_block(best, norm, acc, scores, values)
+        best, norm, acc = fold_block(best, norm, acc, scores, values, scale)
     # NOTE: rows past GROUP are padding; an empty chunk leaves norm 0 and best -inf.
     out_row = (lane * HQ + kv_head * GROUP + row) * num_splits + split
     safe = tl.where(norm > 0, norm, 1.0)

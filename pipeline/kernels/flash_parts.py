@@ -16,22 +16,23 @@ def key_places(key, entry):
 
 @triton.jit
 def block_scores(q, keys, scale, SOFTCAP: tl.constexpr):
-    """Scores of `q` [M, D] with `keys` [N, D], in powers of two; capped where SOFTCAP > 0."""
+    """Scores of `q` [M, D] with `keys` [N, D] for `fold_block`; capped where SOFTCAP > 0."""
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
     if SOFTCAP > 0:
         scores = 1 - 2 / (tl.exp(scores * (2 * scale / SOFTCAP)) + 1)  # tanh
-        scores *= SOFTCAP * 1.4426950408889634
-    else:
-        scores *= scale * 1.4426950408889634
+        scores *= SOFTCAP / scale
     return scores
 
 
 @triton.jit
-def fold_block(best, norm, acc, scores, values):
-    """Take one block into the running maximum, sum and weighted values of each row."""
-    peak = tl.maximum(best, tl.max(scores, 1))
+def fold_block(best, norm, acc, scores, values, scale):
+    """Take one block into the running maximum (in powers of two), sum and weighted values."""
+    factor = scale * 1.4426950408889634
+    peak = tl.maximum(best, tl.max(scores, 1) * factor)
     safe = tl.where(peak > float("-inf"), peak, 0.0)  # a row may have seen no key yet
-    weight = tl.exp2(scores - safe[:, None])
+    # NOTE: spelt out, so that a row has the same bits whether its block was masked or not.
+    negative = tl.zeros_like(scores) - safe[:, None]
+    weight = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + factor, negative))
     fade = tl.exp2(best - safe)
     norm = norm * fade + tl.sum(weight, 1)
     acc = acc * fade[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")

@@ -80,11 +80,11 @@ def mla_prefill_reference(
 
 
 @triton.jit
-def _scores(q_rope, q_latent, ropes, latents, scale):
-    """Scores in powers of two of queries with rows: rotated part and latent."""
+def _scores(q_rope, q_latent, ropes, latents):
+    """Scores of queries with rows: rotated part and latent."""
     scores = tl.dot(q_rope, tl.trans(ropes), input_precision="ieee")
     scores += tl.dot(q_latent, tl.trans(latents), input_precision="ieee")
-    return scores * (scale * 1.4426950408889634)
+    return scores
 
 
 @triton.jit
@@ -129,9 +129,9 @@ def _decode_kernel(
         latents = tl.load(
             row + ROPE + latent[None, :], mask=valid & (latent < RANK)[None, :], other=0.0
         )
-        scores = _scores(q_rope, q_latent, ropes, latents, scale)
+        scores = _scores(q_rope, q_latent, ropes, latents)
         scores = tl.where((place < stop)[None, :], scores, float("-inf"))
-        best, norm, acc = fold_block(best, norm, acc, scores, latents)
+        best, norm, acc = fold_block(best, norm, acc, scores, latents, scale)
     out_row = (lane * NUM_HEADS + head).to(tl.int64) * num_splits + split
     safe = tl.where(norm > 0, norm, 1.0)
     part = part_ptr + out_row[:, None] * RANK + latent[None, :]
@@ -202,10 +202,10 @@ def _prefill_kernel(
         latents = tl.load(
             row + ROPE + latent[None, :], mask=valid & (latent < RANK)[None, :], other=0.0
         )
-        scores = _scores(q_rope, q_latent, ropes, latents, scale)
+        scores = _scores(q_rope, q_latent, ropes, latents)
         seen = (key[None, :] <= position + token[:, None]) & (key < stop)[None, :]
         scores = tl.where(seen, scores, float("-inf"))
-        best, norm, acc = fold_block(best, norm, acc, scores, latents)
+        best, norm, acc = fold_block(best, norm, acc, scores, latents, scale)
     out = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     out_row = (q_start + token[:, None]).to(tl.int64) * NUM_HEADS + head[:, None]
     tl.store(

@@ -21,7 +21,7 @@ from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
 from pipeline.kernels.decode_attention import capped_attention
 from pipeline.kernels.flash_parts import block_scores, fold_block, key_places
 
-BLOCK_Q = 128
+BLOCK_Q = 64
 BLOCK_KV = 64
 MAX_SEGMENTS = 3
 TABLE_WIDTH = 4 + 2 * MAX_SEGMENTS - 1
@@ -190,7 +190,7 @@ def _take_block(
     else:
         scores = block_scores(q, tl.load(k_ptr + offset), scale, SOFTCAP)
         values = tl.load(v_ptr + offset)
-    return fold_block(best, norm, acc, scores, values)
+    return fold_block(best, norm, acc, scores, values, scale)
 
 
 @triton.jit
@@ -266,7 +266,7 @@ def _prefill_triton(
         HQ=num_heads, GROUP=num_heads // k.shape[0], DIM=dim, WIDTH=TABLE_WIDTH,
         BLOCK_D=block_d, BLOCK_M=BLOCK_Q, BLOCK_N=BLOCK_KV, WINDOW=window or 0,
         SOFTCAP=softcap or 0.0, SPANS=plan.ahead is not None,
-        num_warps=8, num_stages=3 if block_d <= 128 else 2,
+        num_warps=4 if block_d <= 128 else 8, num_stages=3 if block_d <= 128 else 2,
     )  # fmt: skip
     return out
 
