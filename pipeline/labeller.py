@@ -26,6 +26,8 @@ from pipeline.settings import LabelSettings
 from pipeline.spool import Spool
 from pipeline.tokenizer import Tokenizer
 
+FIRST_WINDOW = 64  # requests planned together at first, so that the device has work at once
+WINDOW_GROWTH = 8
 WINDOW_REQUESTS = 16_384  # planned together at most
 MAX_WORKERS = 16
 
@@ -100,6 +102,7 @@ class Labeller:
 
     def _items(self, shards: Iterable[ShardWork]) -> Iterator[Prefix | Group]:
         """Runs in the feeder's thread."""
+        limit = FIRST_WINDOW
         for work in shards:
             self._open.begin(work.shard)
             window: list[Request] = []
@@ -109,9 +112,9 @@ class Labeller:
                         self._early.append(made)
                     else:
                         window.append(made)
-                if len(window) >= WINDOW_REQUESTS:
+                if len(window) >= limit:
                     yield from self._plan(window)
-                    window = []
+                    window, limit = [], min(limit * WINDOW_GROWTH, WINDOW_REQUESTS)
             yield from self._plan(window)
             self._open.all_planned(work.shard)
 

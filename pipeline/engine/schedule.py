@@ -19,6 +19,8 @@ from pipeline.engine.sequence import Sequence, failed
 from pipeline.errors import RowError
 from pipeline.rows import Completion, Group, PlacedImage, Prefix, Request
 
+IDLE_SHARE = 16  # a batch may be smaller while one lane in so many is idle
+
 
 @dataclass(slots=True, eq=False)
 class Piece:
@@ -185,13 +187,17 @@ class Scheduler:
             self._drop(self.waiting.popleft())
 
     def _worth_it(self) -> bool:
-        """Enough waits, and enough lanes are free, for a batch near its full size."""
-        tokens, requests = 0, 0
+        """Whether the free lanes take a batch near its full size, or enough of them stand idle."""
+        lanes, tokens = len(self.free_lanes), 0
+        idle = lanes >= self.num_slots // IDLE_SHARE
+        enough = self.prefill_tokens // 8 if idle else self.prefill_tokens * 3 // 4
         for work in self.waiting:
-            tokens += self._cost(work.group)
-            requests += len(work.waiting)
-            if tokens >= self.prefill_tokens * 3 // 4:
-                return len(self.free_lanes) >= min(requests, max(1, self.num_slots // 8))
+            tokens += self._cost(work.group) * min(1, lanes / max(1, len(work.waiting)))
+            lanes -= len(work.waiting)
+            if tokens >= enough:
+                return True
+            if lanes <= 0:
+                return False
         return False
 
     def _admit(self, work: GroupWork, budget: int, alone: bool) -> list[Piece]:

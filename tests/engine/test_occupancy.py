@@ -1,0 +1,26 @@
+"""Lanes stay full while work waits, and long answers do not make a run's tail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tests.engine.engine_bench import TEXTS, Bench, picture
+
+
+def test_lanes_are_refilled(folders: dict[str, Path]) -> None:
+    bench = Bench.open(folders["qwen2_5_vl"], decode_slots=16, prefill_tokens=128)
+    lengths = np.random.default_rng(0).integers(4, 40, 120)
+    requests = [
+        bench.request(
+            row, TEXTS[0], [picture(row, 56, 56)], max_new_tokens=int(length), ignore_eos=True
+        )
+        for row, length in enumerate(lengths)
+    ]
+    engine = bench.engine()
+    found = bench.run(requests, engine)
+    assert [len(found[r.key].output_ids) for r in requests] == lengths.tolist()
+    assert engine.stats.num_output_tokens == lengths.sum()
+    full = lengths.sum() / (engine.stats.num_steps * 16)
+    assert full > 0.9, full
