@@ -188,7 +188,7 @@ class Scheduler:
 
     def _worth_it(self) -> bool:
         """Whether the free lanes take a batch near its full size, or enough of them stand idle."""
-        lanes, tokens = len(self.free_lanes), 0
+        lanes, tokens = len(self.free_lanes), 0.0
         idle = lanes >= self.num_slots // IDLE_SHARE
         enough = self.prefill_tokens // 8 if idle else self.prefill_tokens * 3 // 4
         for work in self.waiting:
