@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,7 +177,8 @@ def test_a_mistake_is_one_sentence_and_exit_2(
 
 
 def test_a_closed_pipe_is_no_error(done: JobFolder) -> None:
-    process = done.start("show", str(done.out), "--json", "-n", "100")
+    process = replace(done, spawns=True).start("show", str(done.out), "--json", "-n", "100")
+    assert isinstance(process, subprocess.Popen)
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None
