@@ -196,6 +196,8 @@ def test_a_foreign_pipeline_package_is_named(job: JobFolder) -> None:
     from tests.helpers.job_folder import ROOT
 
     path = f"{foreign.parent}:{ROOT}"
-    ended = job.call("status", str(job.out), env={"PYTHONPATH": path, "PYTHONSAFEPATH": "1"})
+    ended = replace(job, spawns=True).call(
+        "status", str(job.out), env={"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    )
     assert ended.returncode == 2
     assert "not beside" in ended.stderr
