@@ -1,4 +1,4 @@
-"""Files of a run folder, local or on an object store, behind six operations.
+"""Files of a run folder, local or on an object store, behind a handful of operations.
 
 The one that all promises rest on is `write_exclusive`/`publish_exclusive`: a name appears whole,
 or not at all, and at most one writer makes it. Locally that is a private file, fsync and `link`;
