@@ -106,7 +106,7 @@ class Source(ABC):
 
     def stamp(self, path: str) -> str:
         """What `InputFile.stamp` would be now."""
-        return files.stamp(self.address(path))
+        return files.stamp(self.address(path), afresh=True)
 
     def _check_unchanged(self, path: str) -> None:
         known = self._listed.get(path)

@@ -100,14 +100,18 @@ def size_and_version(path: str) -> tuple[int, str | None]:
     return int(info["size"]), version
 
 
-def stamp(path: str) -> str:
-    """Changes when a file is written anew or replaced. Raises: EngineError."""
+def stamp(path: str, *, afresh: bool = False) -> str:
+    """Changes when a file is written anew or replaced. Raises: EngineError.
+
+    `afresh`: whatever a listing has told before.
+    """
     try:
         if is_local(path):
             info = os.stat(path)
             return f"{info.st_size} {info.st_mtime_ns} {info.st_ino}"
-        filesystem, name = filesystem_of(path)
-        filesystem.invalidate_cache(name)
+        if afresh:
+            filesystem, name = filesystem_of(path)
+            filesystem.invalidate_cache(name)
         return " ".join(map(str, size_and_version(path)))
     except OSError as error:
         raise read_error(path, error) from error

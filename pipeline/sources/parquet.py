@@ -63,7 +63,7 @@ class ParquetSource(Source):
         return sorted(self.addresses) or files.expand(self.settings.path, _SUFFIXES)
 
     def describe(self, path: str) -> InputFile:
-        stamp = self.stamp(path)
+        stamp = files.stamp(self.address(path))
         metadata, (size, fingerprint) = _footer(self.address(path))
         self.check_columns(metadata.schema.to_arrow_schema().names, path)
         return InputFile(path, metadata.num_rows, fingerprint, size, stamp)

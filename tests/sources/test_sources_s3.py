@@ -54,10 +54,14 @@ def test_parquet_reads_only_what_it_needs(server: S3, store: Any, tmp_path: Path
     assert [r.row_id for r in rows] == ["r21", "r22", "r23"]
     assert rows[0].images[0].data == bytes([21]) * 100_000
     assert server.count("GET", "x.parquet") < 12
+    store.pipe_file("bucket/p/x.parquet", Path(local).read_bytes())
+    assert len(list(source.read(file.path, 21, 24))) == 3  # written anew, the same
     before = file.fingerprint
     assert source.files()[0].fingerprint == before
     numbered(tmp_path / "y.parquet", 3)
     store.pipe_file("bucket/p/x.parquet", (tmp_path / "y.parquet").read_bytes())
+    with pytest.raises(UserError, match="changed while the job ran"):
+        list(source.read(file.path, 1, 3))
     assert source.files()[0].fingerprint != before
 
 
