@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, BinaryIO, cast
@@ -18,15 +19,21 @@ import pyarrow as pa
 
 from pipeline.errors import RowError, UserError
 from pipeline.rows import Row
+from pipeline.settings import InputSettings
 from pipeline.sources import files
 from pipeline.sources.base import InputFile, Source, mark
 
 MAX_LINE_BYTES = 256 << 20
 _DEFAULT_ID = "custom_id"
+_PLACE_LINES = 1000
 
 
 class OpenAIBatchSource(Source):
     """`input.source: openai`."""
+
+    def __init__(self, settings: InputSettings, columns: Collection[str] | None = None) -> None:
+        super().__init__(settings, columns)
+        self._places: dict[str, array[int]] = {}  # by path: where every thousandth line begins
 
     def schema(self) -> pa.Schema:
         record = self._first_record()
@@ -41,7 +48,8 @@ class OpenAIBatchSource(Source):
         """Counts the lines; as all are read, the whole content is the fingerprint."""
         try:
             stamp = files.stamp(path)
-            digest, count = _digest(path)
+            self._places[path] = places = array("q")
+            digest, count = _digest(path, places=places)
             size, _ = files.size_and_version(path)
         except (OSError, EOFError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from error
@@ -52,12 +60,18 @@ class OpenAIBatchSource(Source):
         return digest if count > num_rows else None
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
-        number = 0
-        for number, line in enumerate(_lines(path)):
-            if number >= stop:
-                return
-            if number >= start:
-                yield self._row(path, start, number, line)
+        places = self._places.get(path) or (0,)
+        known = min(start // _PLACE_LINES, len(places) - 1)
+        first = known * _PLACE_LINES
+        number = first - 1
+        try:
+            for number, (_, line) in enumerate(_lines(path, places[known]), first):
+                if number >= stop:
+                    return
+                if number >= start:
+                    yield self._row(path, start, number, line)
+        except (OSError, EOFError) as error:
+            raise files.read_error(path, error) from error
         if number + 1 < stop:
             raise files.read_error(path, ValueError("it has fewer lines than it had"))
 
@@ -75,7 +89,7 @@ class OpenAIBatchSource(Source):
 
     def _first_record(self) -> dict[str, Any]:
         for path in files.expand(self.settings.path, (".jsonl", ".jsonl.gz", ".ndjson")):
-            for line in _lines(path):
+            for _, line in _lines(path):
                 try:
                     return _record(line)
                 except RowError:
@@ -97,23 +111,36 @@ def _record(line: bytes) -> dict[str, Any]:
     return {**(body if isinstance(body, dict) else {}), **record}
 
 
-def _digest(path: str, stop: int | None = None) -> tuple[str, int]:
-    """The digest of the first lines (None: of all), and how many lines were seen for it."""
+def _digest(
+    path: str, stop: int | None = None, places: array[int] | None = None
+) -> tuple[str, int]:
+    """The digest of the first lines (None: of all), and how many lines were seen for it.
+
+    `places` gets the offset of every thousandth line.
+    """
     digest, count = blake2b(digest_size=16), 0
-    for count, line in enumerate(_lines(path), 1):
+    for count, (offset, line) in enumerate(_lines(path), 1):
         if stop is not None and count > stop:
             break
+        if places is not None and count % _PLACE_LINES == 1:
+            places.append(offset)
         digest.update(line.rstrip(b"\r\n") + b"\n")  # the last line may get its end later
     return digest.hexdigest(), count
 
 
-def _lines(path: str) -> Iterator[bytes]:
-    """The lines that are not blank; of a line that is too long its beginning, a little too long."""
+def _lines(path: str, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, each with its offset, from the line that begins at `offset`.
+
+    Of a line that is too long its beginning, a little too long.
+    """
     with files.open_binary(path, sequential=True) as raw:
         file = cast(BinaryIO, gzip.open(raw)) if path.endswith(".gz") else raw
+        file.seek(offset)
         while line := file.readline(MAX_LINE_BYTES + 1):
-            rest = line
+            rest, begin = line, offset
+            offset += len(line)
             while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
                 rest = file.readline(MAX_LINE_BYTES + 1)
+                offset += len(rest)
             if not line.isspace():
-                yield line
+                yield begin, line

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,32 @@ def test_an_empty_file(tmp_path: Path) -> None:
     assert source.files()[0].num_rows == 0
     assert list(source.read(str(path), 0, 0)) == []
     assert source.schema().names == []
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_shard_far_behind_is_found_without_reading_what_is_before(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps({"custom_id": f"c{n}", "messages": []}) for n in range(3500)]
+    lines[1000:1000] = ["", "  "]
+    text = "\n".join(lines).encode()
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
+    source = opened(path, source="openai", image=None)
+    (file,) = source.files()
+    assert file.num_rows == 3500
+    seen: list[int] = []
+    original = openai_batch._lines
+
+    def counted(path: str, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+        for item in original(path, offset):
+            seen.append(item[0])
+            yield item
+
+    monkeypatch.setattr(openai_batch, "_lines", counted)
+    for start, stop in ((0, 3), (998, 1003), (2000, 2002), (3499, 3500)):
+        seen.clear()
+        rows = list(source.read(file.path, start, stop))
+        assert [row.row_id for row in rows] == [f"c{n}" for n in range(start, stop)]
+        assert [row.index for row in rows] == list(range(stop - start))
+        assert len(seen) <= 1000 + stop - start
