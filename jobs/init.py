@@ -14,6 +14,7 @@ from typing import Any
 
 ID_NAMES = ("id", "row_id", "key", "uid", "uuid", "image_id", "__key__", "name")
 IMAGE_NAMES = ("image", "images", "img", "jpg", "png", "image_bytes", "image_path", "image_url")
+VIDEO_NAMES = ("video", "videos", "clip", "clips", "mp4", "video_bytes", "video_path", "video_url")
 MESSAGE_NAMES = ("messages", "conversations")
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*( [A-Za-z0-9_./-]+)*[.]?")
 _RESERVED = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
@@ -30,6 +31,7 @@ class Proposal:
     output: str = "out/answers"
     id: str | None = None
     image: str | None = "image"
+    video: str | None = None
     messages: str | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
@@ -39,14 +41,29 @@ def propose(path: str) -> Proposal:
     """Guess source and columns from the input's name and, for Parquet, its schema."""
     proposal = Proposal(path=path, source=guess_source(path))
     if proposal.source == "folder":
+        if _holds_videos(Path(path)):
+            proposal.image, proposal.video = None, "video"
         return proposal
     types = columns_of(path) if proposal.source == "parquet" else {}
     proposal.columns = tuple(types)
     if types:
         proposal.id = _first(types, ID_NAMES)
         proposal.messages = _first(types, MESSAGE_NAMES)
-        proposal.image = _first(types, IMAGE_NAMES) or _first_binary(types)
+        proposal.video = _first(types, VIDEO_NAMES)
+        proposal.image = _first(types, IMAGE_NAMES)
+        if proposal.image is None and proposal.video is None:
+            proposal.image = _first_binary(types)
     return proposal
+
+
+def _holds_videos(folder: Path) -> bool:
+    """Whether the folder's files are videos and none a picture."""
+    from pipeline.sources.folder import SUFFIXES as PICTURES
+    from pipeline.sources.folder import VIDEO_SUFFIXES as VIDEOS
+
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    moving = any(name.endswith(VIDEOS) and not name.endswith(PICTURES) for name in names)
+    return moving and not any(name.endswith(PICTURES) for name in names)
 
 
 def guess_source(path: str) -> str:
@@ -99,6 +116,8 @@ def render(proposal: Proposal) -> str:
         *_column("id", proposal.id, "default: file and row number"),
         *_column("image", proposal.image, "bytes, path or URL; a list means several"),
     ]
+    if proposal.video:
+        lines += _column("video", proposal.video, "likewise; frames as `video:` says")
     if proposal.columns:
         lines.append(f"  # columns here: {', '.join(proposal.columns)}")
     if proposal.messages:
@@ -106,6 +125,8 @@ def render(proposal: Proposal) -> str:
     else:
         lines.append("prompts:  # each becomes an answer column; {column} is filled from the row")
         lines += [f"  {name}: {_text(text)}" for name, text in prompts.items()]
+    if proposal.video:
+        lines.append("video: {fps: 2, max_frames: 64}")
     lines += [
         "generation: {max_new_tokens: 128, temperature: 0.0}",
         "output:",

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline import images, video
 from pipeline.errors import RowError, UserError
-from pipeline.models.family import GREEDY_BELOW, Family
+from pipeline.models.family import GREEDY_BELOW, Family, check_inputs
 from pipeline.prompts import PromptText, message_turns, prompt_turns
 from pipeline.rows import (
     PLURALS,
@@ -71,7 +71,7 @@ class Preparer:
         self._store = store
         self._load = load or (lambda ref: video.load(ref, settings.input))
         self._prober = VideoProber(settings.input)
-        _check_takes(settings, family)
+        check_inputs(family, settings)
         self._messages = settings.input.messages is not None
         self._texts = {name: PromptText(name, p.text) for name, p in settings.prompts.items()}
         self._schemas = {name: schema_text(name, p) for name, p in settings.prompts.items()}
@@ -213,16 +213,6 @@ class Preparer:
                 "prompt_too_long",
                 f"The prompt's {len(tokens)} tokens and {sampling.max_new_tokens} for the answer"
                 f" exceed the context of {self._context}.{_advice(layouts)}",
-            )
-
-
-def _check_takes(settings: LabelSettings, family: Family) -> None:
-    columns = {"video": settings.input.video, "audio": settings.input.audio}
-    for kind, column in columns.items():
-        if column is not None and kind not in family.takes:
-            raise UserError(
-                f"input.{kind} names the column {column!r}, and {settings.model.id} takes no"
-                f" {PLURALS[kind]}; `vlm-batch models` says which families do"
             )
 
 

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 @click.option("--input", "path", metavar="PATH", help="Parquet files, folder, hub id.")
 @click.option("--model", metavar="ID", help="Hub id, local folder, or demo.")
 @click.option("--image", metavar="COLUMN", help="Image column.")
+@click.option("--video", metavar="COLUMN", help="Video column.")
 @click.option("--id", "id_column", metavar="COLUMN", help="Id column.")
 @click.option("--prompt", "prompts", multiple=True, metavar="NAME=TEXT", help="May be repeated.")
 @click.option("--output", metavar="PATH", help="Run folder.")
@@ -34,16 +35,21 @@ def command(
     if path is None:
         if not asks:
             raise UserError("Without a terminal to ask at, `init` needs --input PATH.")
-        path = str(click.prompt("Input (Parquet files, a folder of images, or a hub id)", err=True))
+        path = str(
+            click.prompt(
+                "Input (Parquet files, a folder of images or videos, or a hub id)", err=True
+            )
+        )
     proposal = propose(path)
     given = {
         "model": flags["model"],
         "image": flags["image"],
+        "video": flags["video"],
         "id": flags["id_column"],
         "output": flags["output"],
     }
     for key, value in given.items():
-        if value is None and asks:
+        if value is None and asks and (key != "video" or proposal.video):
             value = _ask(key, getattr(proposal, key))
         if value is not None:
             setattr(proposal, key, value)
@@ -58,6 +64,7 @@ def _ask(key: str, default: str | None) -> str | None:
     question = {
         "model": "Model",
         "image": "Image column",
+        "video": "Video column",
         "id": "Id column (empty: file and row number)",
         "output": "Run folder",
     }[key]

@@ -16,11 +16,13 @@ def command(config: str, sets: tuple[str, ...], as_json: bool, **short: str | No
     Reads config files of the model and footers of the input: seconds, whatever the input's size.
     """
     from jobs.job import Inputs
+    from pipeline.models.family import check_inputs
     from pipeline.models.registry import family_for
 
     job_config = read_config(config, sets, **short)
     inputs = Inputs.open(job_config)
     family = family_for(inputs.checkpoint, job_config.model)
+    check_inputs(family, job_config)
     resumes = inputs.check_run_folder()
     result = {
         "valid": True,

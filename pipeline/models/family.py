@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import RowError
+from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.rows import ImageLayout, PlacedImage, Turn, VideoInfo
-from pipeline.settings import VideoSettings
+from pipeline.settings import LabelSettings, VideoSettings
 from pipeline.templates.render import Control, Piece, Template, render
 
 if TYPE_CHECKING:
@@ -149,6 +149,16 @@ class Family(ABC):
     ) -> tuple[np.ndarray, int]:
         """Positions `[axes, T]` of the prompt, and the first generated token's position."""
         return np.arange(len(tokens), dtype=np.int32)[None], len(tokens)
+
+
+def check_inputs(family: Family, settings: LabelSettings) -> None:
+    """Raises the UserError of a job whose inputs the family does not take."""
+    for kind, column in (("video", settings.input.video), ("audio", settings.input.audio)):
+        if column is not None and kind not in family.takes:
+            raise UserError(
+                f"input.{kind} names the column {column!r}, and {settings.model.id} takes no"
+                f" {kind}; `vlm-batch models` says which families do"
+            )
 
 
 def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_a_model_without_videos_is_refused_before_any_work(tmp_path: Path) -> No
     pq.write_table(pa.table({"video": [GOOD]}), tmp_path / "v.parquet")
     input_ = {"path": str(tmp_path / "v.parquet"), "video": "video"}
     settings = _settings(write_smolvlm(tmp_path / "model"), input=input_)
-    with pytest.raises(UserError, match="takes no videos"):
+    with pytest.raises(UserError, match="takes no video"):
         estimate(settings)
 
 
