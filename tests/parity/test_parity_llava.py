@@ -271,6 +271,24 @@ def test_a_wrong_tensor_is_named(tmp_path: Path, change: str) -> None:
         load_model(checkpoint, family, "cpu", torch.float32)
 
 
+@torch.inference_mode()
+def test_model_and_tower_from_the_hub(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = write_original(tmp_path / "written", "1.5")
+    repositories = {"some/llava": written, "some/clip-tiny": tmp_path / "tower"}
+    (written / "clip-tiny").rename(tmp_path / "tower")
+    config = json.loads((written / "config.json").read_text())
+    config["mm_vision_tower"] = "some/clip-tiny"
+    (written / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("pipeline.models.checkpoint._download", lambda name, *_: repositories[name])
+    settings = ModelSettings(id="some/llava")
+    checkpoint = Checkpoint.open(settings)
+    model = load_model(checkpoint, family_for(checkpoint, settings), "cpu", torch.float32)
+    prompt = prompt_of(model, PROMPTS["wide"])
+    assert torch.equal(our_logits(model, prompt), our_logits(_ours(folders, "1.5"), prompt))
+
+
 def test_a_twin_without_its_tower_is_named(tmp_path: Path) -> None:
     file = write_twin(tmp_path, "1.6") / "model.safetensors"
     tensors = load_file(file)

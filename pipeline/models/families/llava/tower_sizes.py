@@ -1,7 +1,7 @@
 """The sizes of LLaVA's image towers, wherever a checkpoint's layout leaves them.
 
-The original layout only names its tower; the table knows the names, a folder's own config.json
-tells the rest. Knows no projector and no tile. Imports no torch.
+The original layout only names its tower; the table knows the usual names, the config.json of the
+tower's own repository or folder tells the rest. Knows no projector and no tile. Imports no torch.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def original_tower(checkpoint: Checkpoint) -> TowerSizes:
     """The tower that the original layout names in `mm_vision_tower`."""
     config = checkpoint.config
     name = str(config["mm_vision_tower"])
-    sizes = _KNOWN.get(Path(name).name) or _from_config(_own_config(checkpoint, name))
+    sizes = _KNOWN.get(Path(name).name)
+    if sizes is None:
+        own = stock_tower(checkpoint).config
+        sizes = _from_config({**own, **(own.get("vision_config") or {})})
     # NOTE: the original code throws SigLIP's last block away and takes what is left.
     layer = -2 if sizes.kind == "siglip" else config.get("mm_vision_select_layer", -2)
     return _cut(sizes, layer)
@@ -87,18 +90,6 @@ def stock_tower(checkpoint: Checkpoint) -> Checkpoint:
     name = str(checkpoint.config["mm_vision_tower"])
     folder = checkpoint.folder / name
     return Checkpoint.open(ModelSettings(id=str(folder) if folder.is_dir() else name))
-
-
-def _own_config(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
-    folder = checkpoint.folder / name
-    if not folder.is_dir():
-        known = ", ".join(_KNOWN)
-        raise UserError(
-            f"model.id {checkpoint.id!r}: the image tower {name!r} is neither a folder nor one of"
-            f" {known}"
-        )
-    config = Checkpoint(name, folder).config
-    return {**config, **(config.get("vision_config") or {})}
 
 
 def _from_config(vision: Mapping[str, Any]) -> TowerSizes:
