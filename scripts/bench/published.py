@@ -71,7 +71,10 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         def __init__(self) -> None:
             self.device, self.dtype = torch.device("meta"), torch.bfloat16
             self.taken: dict[str, tuple[int, ...]] = {}
-            self._places, self._used = {}, set()
+            self._places, self._used, self._changes = {}, set(), []
+
+        def has(self, name: str) -> bool:
+            return True
 
         def take(
             self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None

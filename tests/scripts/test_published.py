@@ -18,6 +18,7 @@ from scripts.bench.limits import work_of_sizes
 from tests.helpers.deepseek_vl2_checkpoint import IDS, write_deepseek_vl2
 from tests.helpers.parity import open_ours
 
+CLIP_UNUSED = 12_596_224 + 2048
 PARAMETERS = {
     "deepseek-vl2": 27_464_895_896,
     "deepseek-vl2-small": 16_243_211_632,
@@ -25,6 +26,14 @@ PARAMETERS = {
     "janus-pro-1b": 1_962_640_384,  # without the generation of images
     "janus-pro-7b": 7_235_034_112,
     "kimi-vl-a3b": 16_407_656_048,
+    # As the hub counts, without what is never used: CLIP's last block, the towers' last norms.
+    "llava-v1.5-13b": 13_350_839_296 - CLIP_UNUSED,
+    "llava-v1.6-vicuna-7b": 7_062_906_880 - CLIP_UNUSED,
+    "llama3-llava-next-8b": 8_354_752_512 - CLIP_UNUSED,
+    "llava-next-72b": 72_666_949_632 - CLIP_UNUSED,
+    "llava-onevision-qwen2-7b": 8_030_348_832 - 2304,
+    "pixtral-12b": 12_682_739_712,
+    "pixtral-large": 124_134_845_824,
 }
 
 
