@@ -272,6 +272,12 @@ def process_start(pid: int) -> str | None:
     return None if fields[0] in ("Z", "X") else fields[19]
 
 
+def slurm_task() -> str | None:
+    """The SLURM job that this process runs in, an array's task as `123_4`."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
 def _content(lease: Lease) -> bytes:
     content = {
         "attempt": lease.attempt,
@@ -279,7 +285,7 @@ def _content(lease: Lease) -> bytes:
         "pid": os.getpid(),
         "machine": machine_id(),
         "process_start": process_start(os.getpid()),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job": slurm_task(),
         "beats": lease.num_beats,
     }
     return json.dumps(content).encode()

@@ -30,6 +30,7 @@ class RunPaths:
     journals_folder = "journal"
     data_folder = "data"
     redo_folder = "redo"  # which attempt won each redone shard
+    slurm_folder = "slurm"  # batch scripts, their logs, and what was submitted
     private_folder = "tmp"  # files not yet visible; an attempt's own
 
     @cached_property

@@ -21,6 +21,7 @@ from jobs.progress import Counts, Progress
 from jobs.signals import EXIT_STOPPED, GRACE_SEC, StopRequest
 
 RESTART_WAIT_SEC = 0.3
+RUNNER_GRACE_SEC = 1.5
 FINAL_CODES = (0, 1, 2, EXIT_STOPPED)  # a worker that ended by itself; all else is a death
 
 
@@ -75,7 +76,15 @@ class WorkerPool:
 
     def ask_to_stop(self) -> None:
         for member in self.members:
-            _close_stdin(member)
+            self._ask(member)
+
+    def _ask(self, member: Member) -> None:
+        """A worker's grace time ends before its runner's, which would kill it."""
+        grace = f"{max(1.0, self.stop.grace_sec - RUNNER_GRACE_SEC)}".encode()
+        with member.lock, contextlib.suppress(OSError, ValueError):
+            if member.process is not None and member.process.stdin is not None:
+                member.process.stdin.write(grace)
+                member.process.stdin.close()
 
     def kill(self) -> None:
         for member in self.members:
@@ -119,7 +128,7 @@ class WorkerPool:
             process.stdin.write(self.config.encode() + b"\n")
             process.stdin.flush()
         if self.stop:
-            _close_stdin(member)
+            self._ask(member)
         watchdog = self._start_watchdog(member, process)
         with open(reader, encoding="utf-8") as lines:
             for line in lines:

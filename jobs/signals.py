@@ -18,6 +18,7 @@ from types import FrameType
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped early with work left, run it again
 GRACE_SEC = 8.0  # below the 10 s that the design promises
 SAME_SIGNAL_SEC = 0.5  # a batch system may signal the group and the process: one request
+WARNING_ENV = "VLM_BATCH_WARNING_SEC"  # a batch script says how long after SIGUSR1 the end comes
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -60,17 +61,17 @@ class StopRequest:
         """Call `last_word` when the grace time is over and the process still runs."""
         self._last_words.append(last_word)
 
-    def request(self, reason: str, *, hard: bool = True) -> None:
-        """Ask for a stop; with `hard` the process ends after the grace time, come what may."""
+    def request(self, reason: str, grace_sec: float | None = None) -> None:
+        """Ask for a stop; the process ends after the grace time, come what may."""
         with self._lock:
             if self:
                 return
             self.reason = reason
+            self.grace_sec = self.grace_sec if grace_sec is None else grace_sec
             self._requested_at = time.monotonic()
             self._event.set()
             listeners = list(self._listeners)
-        if hard:
-            threading.Thread(target=self._expire, name="stop-deadline", daemon=True).start()
+        threading.Thread(target=self._expire, name="stop-deadline", daemon=True).start()
         for listener in listeners:
             listener()
 
@@ -94,15 +95,19 @@ class StopRequest:
         return self
 
     def follow(self, fd: int) -> None:
-        """Stop when the other end of the pipe `fd` closes: the parent has gone or asks for it."""
+        """Stop when the other end of the pipe `fd` closes: the parent has gone or asks for it.
+
+        What it wrote before is the grace time in seconds.
+        """
         thread = threading.Thread(target=self._follow, args=(fd,), name="parent", daemon=True)
         thread.start()
 
     def _follow(self, fd: int) -> None:
+        told = b""
         with contextlib.suppress(OSError):
-            while os.read(fd, 64):
-                pass
-        self.request("its runner asked for it")
+            while data := os.read(fd, 64):
+                told += data
+        self.request("its runner asked for it", float(told) if told else None)
 
     def _listen(self, reader: socket.socket) -> None:
         while True:
@@ -119,7 +124,7 @@ class StopRequest:
         if number not in SIGNALS:
             return
         if not self:
-            self.request(signal.Signals(number).name)
+            self.request(signal.Signals(number).name, _warning_sec(number))
         elif time.monotonic() - self._requested_at > SAME_SIGNAL_SEC:
             os._exit(EXIT_STOPPED)
 
@@ -146,6 +151,12 @@ class StopRequest:
 
 def _ignore(number: int, frame: FrameType | None) -> None:
     """Python needs a handler of its own, or the wake-up pipe stays silent."""
+
+
+def _warning_sec(number: int) -> float | None:
+    """A warning leaves more time than a demand, if whoever sends it has said so."""
+    told = os.environ.get(WARNING_ENV) if number == signal.SIGUSR1 else None
+    return float(told) if told else None
 
 
 def _set_back(number: signal.Signals, old: object) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.signals import WARNING_ENV
+from jobs.slurm_tasks import remember
 from pipeline.errors import UserError
 
 _FORBIDDEN = ("--array", "-a", "--requeue", "--no-requeue", "--open-mode", "--signal")
@@ -39,6 +41,11 @@ class Submission:
     def folder(self) -> Path:
         return self.output / "slurm"
 
+    @property
+    def file(self) -> Path:
+        """The tasks' script; every node reads it here."""
+        return self.folder / "task.sbatch"
+
 
 _SCRIPT = """\
 #!/bin/bash
@@ -47,40 +54,50 @@ _SCRIPT = """\
 #   {output}
 # so a task may die, and more tasks may be submitted, at any time.
 set -u
-
-# Compile caches of a task's own, on local disk: tasks cannot corrupt each other's.
 scratch=${{SLURM_TMPDIR:-${{TMPDIR:-/tmp}}}}/vlm-batch-$SLURM_JOB_ID
-mkdir -p "$scratch"
-export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
+
+# What each task of the job does: `vlm-batch run` starts one worker for every GPU that it sees.
+if [ "${{1-}}" = step ]; then
+  # Compile caches of a task's own, on local disk: tasks cannot corrupt each other's.
+  mkdir -p "$scratch"
+  export TRITON_CACHE_DIR="$scratch/triton-${{SLURM_PROCID:-0}}"
+  export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor-${{SLURM_PROCID:-0}}"
+  export {warning_env}={grace_sec}  # what is in flight at the warning has as long to end
 {stage}
+  exec {command}
+fi
+
 # SLURM's warning comes to this shell; pass it on. scancel reaches every process by itself.
 time_is_over= run=
 trap 'time_is_over=1; [ -z "$run" ] || kill -USR1 "$run"' USR1
 trap : TERM
-{command} &
+everywhere=
+[ "${{SLURM_NTASKS:-1}}" -gt 1 ] && everywhere="srun --kill-on-bad-exit=0"
+$everywhere bash {file} step &
 run=$!
 [ -z "$time_is_over" ] || kill -USR1 "$run"
 while :; do  # `wait` returns early when a trap has run
   wait "$run"; code=$?
   kill -0 "$run" 2>/dev/null || break
 done
-rm -rf "$scratch"
+${{everywhere:+srun --ntasks-per-node=1}} rm -rf "$scratch"
 
-# 75: stopped early with work left. Only the time limit brings the task back, not scancel.
-if [ "$code" = 75 ] && [ -n "$time_is_over" ]; then
+# 75: stopped early with work left; 138: warned before it could listen. Only the time limit brings
+# the task back, not scancel.
+if [ -n "$time_is_over" ] && {{ [ "$code" = 75 ] || [ "$code" = 138 ]; }}; then
   scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}" && sleep 60
 fi
 exit "$code"
 """
 
 _STAGE = """
-# The model's files on local disk: the first task on a node copies them, the others wait.
-node={scratch}/vlm-batch-models/{name}
-mkdir -p "${{node%/*}}"
-exec 9>"$node.lock"
-flock 9
-[ -e "$node.whole" ] || {{ rm -rf "$node"; cp -rL {model} "$node" && touch "$node.whole"; }}
-exec 9>&-
+  # The model's files on local disk: the first task on a node copies them, the others wait.
+  model={model} copy={scratch}/vlm-batch-models/{name}
+  if mkdir -p "${{copy%/*}}" && exec 9>"$copy.lock" && flock 9; then
+    [ -e "$copy.whole" ] || {{ rm -rf "$copy"; cp -rL "$model" "$copy" && touch "$copy.whole"; }}
+    exec 9>&-
+    [ -e "$copy.whole" ] && model=$copy || rm -rf "$copy"  # no room: read it where it is
+  fi
 """
 
 _FINISH = """\
@@ -103,12 +120,15 @@ def script(task: Submission) -> str:
             name=shlex.quote(_copy_name(task.model)),
             model=shlex.quote(str(task.model)),
         )
-        command += ' --model-path "$node"'
+        command += ' --model-path "$model"'
     return _SCRIPT.format(
         header=_header(task, f"{task.folder}/%A_%a.log", task.options, _control(task)),
         output=task.output,
         stage=stage,
         command=command,
+        file=shlex.quote(str(task.file)),
+        warning_env=WARNING_ENV,
+        grace_sec=max(5, task.warn_sec - 20),
     )
 
 
@@ -131,14 +151,23 @@ def submit(task: Submission) -> list[str]:
     """
     check_options(task.options)
     task.folder.mkdir(parents=True, exist_ok=True)
-    file, finish = task.folder / "task.sbatch", task.folder / "finish.sbatch"
-    file.write_text(script(task))
-    finish.write_text(finish_script(task))
+    finish = task.folder / "finish.sbatch"
+    _write(task.file, script(task))
+    _write(finish, finish_script(task))
     ids = []
     for size in array_sizes(task.tasks, max_array_size()):
-        ids.append(_sbatch(f"--array=0-{size - 1}", str(file)))
+        ids.append(_sbatch(f"--array=0-{size - 1}", str(task.file)))
+        remember(task.folder, ids[-1], size)
     ids.append(_sbatch(f"--dependency=afterany:{':'.join(ids)}", str(finish)))
+    remember(task.folder, ids[-1], 0)
     return ids
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole at every moment: a task that is requeued may be reading the old one."""
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    new.replace(file)
 
 
 def array_sizes(tasks: int, limit: int) -> list[int]:

@@ -19,6 +19,7 @@ from jobs.part import PartDamaged, PartInfo
 from jobs.paths import RunPaths
 from jobs.plan import Shard, load_plan
 from jobs.progress import format_seconds
+from jobs.slurm_tasks import read_arrays
 
 RATE_WINDOW_SEC = 3600.0
 NUM_READERS = 16
@@ -60,6 +61,7 @@ def read_status(path: str) -> dict[str, Any]:
             "damaged": damaged,
         },
         "workers": workers,
+        "slurm": [vars(array) for array in read_arrays(paths)],
         "rows_per_sec": rate,
         "seconds_left": round(rows_left / rate, 1) if rate and pending else None,
     }
@@ -92,6 +94,10 @@ def lines(status: dict[str, Any]) -> str:
         place = f"{worker['host']}, process {worker['pid']}"
         slurm = f", SLURM job {worker['slurm_job']}" if worker["slurm_job"] else ""
         told.append(f"  {worker['shard']}: {place}{slurm}, {state}")
+    for array in status["slurm"]:
+        kind = f"{array['tasks']} tasks" if array["tasks"] else "verifies at the end"
+        states = ", ".join(f"{n} {state.lower()}" for state, n in sorted(array["states"].items()))
+        told.append(f"SLURM job {array['job']} ({kind}): {states or 'no longer known'}")
     if status["rows_per_sec"]:
         left = status["seconds_left"]
         eta = f", {format_seconds(left)} left" if left is not None else ""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import shutil
 import signal
+import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -12,11 +16,15 @@ import psutil
 import pytest
 
 from jobs.faults import POINTS
+from jobs.verify import verify
 from tests.helpers.job_folder import JobFolder, as_json, end, make_input, make_job
 from tests.helpers.tally import Tally
 
 NUM_ROWS = 24
-JOB = {"num_rows": NUM_ROWS, "rows_per_shard": 6, "files": 2}
+# NOTE: relative addresses, so that a run folder that is copied with its input is the same job.
+JOB: dict[str, Any] = {"num_rows": NUM_ROWS, "rows_per_shard": 6, "files": 2,
+                       "input": {"path": "input/*.parquet"},
+                       "output": {"path": "out", "rows_per_shard": 6}}  # fmt: skip
 FIRST_RUN = ("plan.", "manifest.")  # passed only where there is no run folder yet
 REDO = ("commit.before_replace", "commit.after_replace")  # passed only by redone shards
 SLOW = {"FAKE_DELAY_SEC": "0.05"}  # long enough for a heartbeat
@@ -24,8 +32,6 @@ SLOW = {"FAKE_DELAY_SEC": "0.05"}  # long enough for a heartbeat
 
 @cache
 def _expected(redone: bool) -> list[dict[str, Any]]:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(Path(folder) / "job", **JOB)
         if redone:
@@ -43,15 +49,25 @@ def _args(point: str) -> tuple[str, ...]:
     return ("--changed", "redo") if point in REDO else ()
 
 
-def _prepare(tmp_path: Path, point: str) -> JobFolder:
-    """A job at the moment before the run that is to pass `point`."""
-    job = make_job(tmp_path / "job", **JOB)
-    if point in REDO:
+@cache
+def _template(kind: str) -> Path:
+    """A job before the run that is to pass a point: `new`, `killed` half way, or `redo`."""
+    job = make_job(Path(tempfile.mkdtemp(prefix="crash-")) / "job", **JOB)
+    atexit.register(shutil.rmtree, job.folder.parent, ignore_errors=True)
+    if kind == "redo":
         assert job.run().returncode == 0
         _change_input(job)
-    elif not point.startswith(FIRST_RUN):
+    elif kind == "killed":
         assert job.run(env={"FAKE_KILL_AT": "17"}).returncode == -signal.SIGKILL
-    return job
+    return job.folder
+
+
+def _prepare(tmp_path: Path, point: str) -> JobFolder:
+    """A job of the test's own at the moment before the run that is to pass `point`."""
+    kind = "redo" if point in REDO else "new" if point.startswith(FIRST_RUN) else "killed"
+    folder = tmp_path / "job"
+    shutil.copytree(_template(kind), folder)
+    return JobFolder(folder, NUM_ROWS, folder / "job.yaml", folder / "out")
 
 
 def _env(point: str, action: str, hit: str = "1") -> dict[str, str]:
@@ -65,8 +81,9 @@ def _finish(job: JobFolder, point: str, tally: Tally) -> int:
     done = job.run(*_args(point))
     assert done.returncode == 0, done.stderr
     tally.check_rows(job.content(), _expected(point in REDO))
-    verified = job.call("verify", str(job.out))
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    with contextlib.chdir(job.folder):
+        verdict = verify(str(job.out))
+    assert verdict.is_whole, verdict
     leftovers = [p for name in ("tmp", "journal", "leases") for p in (job.out / name).rglob("*")]
     assert not leftovers
     return count
@@ -86,7 +103,7 @@ def test_kill(tmp_path: Path, tally: Tally, point: str) -> None:
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("hit", ["2", "3", "5"])
+@pytest.mark.parametrize("hit", ["2", "4"])
 @pytest.mark.parametrize("point", POINTS)
 def test_kill_at_a_later_passage(tmp_path: Path, tally: Tally, point: str, hit: str) -> None:
     job = _prepare(tmp_path, point)
@@ -115,7 +132,7 @@ def test_full_disk_is_one_sentence(tmp_path: Path, tally: Tally, point: str) -> 
 
 @pytest.mark.crash
 @pytest.mark.parametrize("action", ["enospc", "eio", "erofs", "edquot", "estale", "term"])
-@pytest.mark.parametrize("hit", ["1", "2", "1+"])
+@pytest.mark.parametrize("hit", ["2", "1+"])
 @pytest.mark.parametrize("point", POINTS)
 def test_failing_storage(tmp_path: Path, tally: Tally, point: str, action: str, hit: str) -> None:
     job = _prepare(tmp_path, point)

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -108,6 +109,8 @@ def _serve(address: str) -> None:
     server.listen(64)
     os.rename(f"{address}.new", address)
     while True:
+        if sys.stdin in select.select([server, sys.stdin], [], [])[0]:
+            return  # whoever started this has gone
         connection, _ = server.accept()
         if os.fork() == 0:
             server.close()
