@@ -6,6 +6,7 @@ An answer depends on the row's id, the prompt and the seed alone. Select it with
     FAKE_DELAY_SEC    seconds an answer takes
     FAKE_IN_FLIGHT    answers that are under way at once (default 8); they come back shuffled
     FAKE_LOG          file that gets one line for each answer generated
+    FAKE_DEVICE_LOG   file that gets one line for each labeller: its process and its GPUs
     FAKE_KILL_AT      kill -9 the own process at this many answers
     FAKE_KILL_ROWS    kill -9 the own process whenever one of these row ids is met
     FAKE_HANG_ROWS    never answer these row ids
@@ -52,6 +53,10 @@ class FakeLabeller:
         self.kill_at = int(os.environ.get("FAKE_KILL_AT", "0"))
         self.error_at = int(os.environ.get("FAKE_ERROR_AT", "0"))
         self.hang = "FAKE_HANG" in os.environ
+        if path := os.environ.get("FAKE_DEVICE_LOG"):
+            with open(path, "a") as file:
+                told = (os.environ.get(n, "-") for n in ("CUDA_VISIBLE_DEVICES", "SLURM_PROCID"))
+                file.write(f"{os.getpid()} {' '.join(told)}\n")
         self.num_answers = 0
         self.draining = False
         self._log = open(path, "ab", buffering=0) if (path := os.environ.get("FAKE_LOG")) else None
