@@ -22,6 +22,7 @@ from jobs.signals import EXIT_STOPPED, GRACE_SEC, StopRequest
 
 RESTART_WAIT_SEC = 0.3
 RUNNER_GRACE_SEC = 1.5
+START_SEC = 30.0  # that a worker may take longer until its first word
 FINAL_CODES = (0, 1, 2, EXIT_STOPPED)  # a worker that ended by itself; all else is a death
 
 
@@ -121,7 +122,7 @@ class WorkerPool:
         os.close(writer)
         with member.lock:
             member.process = process
-        member.heard_at = time.monotonic()
+        member.heard_at = time.monotonic() + START_SEC
         member.progressed = False
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
