@@ -8,6 +8,7 @@ part, and of one part of every run folder that is joined.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -163,10 +164,15 @@ class LinesSink:
 
     def write(self, table: pa.Table) -> None:
         for row in table.to_pylist():
-            self._file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            self._file.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
 
     def close(self) -> None:
         self._file.close()
+
+
+def _plain(value: Any) -> str:
+    """What JSON has no form for: bytes as base64, the rest as text."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 class FolderSink:

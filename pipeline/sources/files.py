@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -17,6 +18,7 @@ from pipeline.errors import EngineError, UserError
 from pipeline.stores import StoreFile, filesystem_of, is_local, patiently
 
 _MAGIC = "*?["
+_PINNED = re.compile(r"@[0-9a-f]{40}/")  # an address of the hub that names a commit
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "VersionId")
 _T = TypeVar("_T")
@@ -109,6 +111,8 @@ def stamp(path: str, *, afresh: bool = False) -> str:
         if is_local(path):
             info = os.stat(path)
             return f"{info.st_size} {info.st_mtime_ns} {info.st_ino}"
+        if _PINNED.search(path):
+            return ""
         if afresh:
             filesystem, name = filesystem_of(path)
             filesystem.invalidate_cache(name)

@@ -32,6 +32,8 @@ COLUMNS = ("file_name", "path", "folder")
 class FolderSource(Source):
     """`input.source: folder`; its files are videos or recordings where those are asked for."""
 
+    _last: tuple[tuple[str, str] | None, list[tuple[str, int]]] | None = None
+
     @property
     def kind(self) -> str:
         asked = self.settings
@@ -51,7 +53,7 @@ class FolderSource(Source):
         return files.in_threads(self.describe, folders)
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
-        pictures = self._pictures(path)
+        pictures = self._known_pictures(path)
         if stop > len(pictures):
             raise files.read_error(path, ValueError("it has fewer pictures than it had"))
         columns = self.wanted(COLUMNS)
@@ -69,12 +71,21 @@ class FolderSource(Source):
         return _digest(pictures[:num_rows]) if len(pictures) > num_rows else None
 
     def describe(self, path: str) -> InputFile:
+        stamp = self.stamp(path)
         pictures = self._pictures(path)
         num_bytes, digest = sum(size for _, size in pictures), _digest(pictures)
-        return InputFile(path, len(pictures), mark(len(pictures), digest, ""), num_bytes, digest)
+        return InputFile(path, len(pictures), mark(len(pictures), digest, ""), num_bytes, stamp)
 
     def stamp(self, path: str) -> str:
-        return _digest(self._pictures(path))
+        """A local folder's own time tells of files that come and go, at the price of one look."""
+        return files.stamp(path) if is_local(path) else _digest(self._pictures(path))
+
+    def _known_pictures(self, folder: str) -> list[tuple[str, int]]:
+        """The last folder's pictures, listed anew when its stamp has changed."""
+        stamp = (folder, files.stamp(folder)) if is_local(folder) else None
+        if stamp is None or self._last is None or self._last[0] != stamp:
+            self._last = (stamp, self._pictures(folder))
+        return self._last[1]
 
     def _pictures(self, folder: str) -> list[tuple[str, int]]:
         """(name, bytes) of the folder's own pictures that `input.path` means, sorted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -37,6 +38,17 @@ def test_lines(job: JobFolder, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 19
     assert "meta" not in rows[0]
+
+
+def test_bytes_are_base64_in_lines(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job", 2, files=1, input={"keep": ["raw"]})
+    table = pq.read_table(job.folder / "input/part-0.parquet")
+    table = table.append_column("raw", pa.array([b"\xff\xd8", None], pa.binary()))
+    pq.write_table(table, job.folder / "input/part-0.parquet")
+    assert job.run().returncode == 0
+    _export(job, tmp_path / "x.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [row["raw"] for row in rows] == ["/9g=", None]
 
 
 def test_pandas_and_duckdb(job: JobFolder, tmp_path: Path) -> None:
