@@ -15,9 +15,8 @@ import numpy as np
 
 from pipeline.errors import RowError
 
-FORMATS = (
-    "mp3,aac,flac,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"  # no playlist, which could open others
-)
+# Playlists are not among these: they would let a row open files and URLs.
+FORMATS = "mp3,aac,flac,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"
 _LOST_SHARE = 0.01  # of packets that may be damaged, such as tags between or after them
 _SHORTER = 0.9  # of the length that the file names, below which its end is missing
 _FULL = {"u8": 1 << 7, "s16": 1 << 15, "s32": 1 << 31, "flt": 1, "dbl": 1}  # of sample formats

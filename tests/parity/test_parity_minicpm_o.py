@@ -31,8 +31,8 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.minicpm import spec as minicpm
 from pipeline.models.families.minicpm_o import spec
 from pipeline.models.registry import family_for
-from pipeline.rows import ImageLayout, Turn
-from pipeline.settings import LabelSettings, ModelSettings
+from pipeline.rows import ImageLayout, Turn, VideoInfo
+from pipeline.settings import LabelSettings, ModelSettings, VideoSettings
 from pipeline.tokenizer import Tokenizer
 from tests.helpers.job_folder import JobFolder
 from tests.helpers.minicpm_checkpoint import write_minicpm_o, write_minicpm_v
@@ -264,3 +264,22 @@ def test_plan_counts_recordings(folder: Path, tmp_path: Path) -> None:
     assert plan.audio_tokens == 27  # one second between its markers
     assert plan.image_tokens == 0
     assert plan.failed == {"not_audio": 1}
+
+
+@torch.inference_mode()
+def test_a_video_beside_its_sound(folder: Path, ours: Any) -> None:
+    """Frames, then the recording; the prompt is a spoken one and no frame has a number."""
+    family = ours.family
+    clip = family.video_layout(VideoInfo(90, 60, 30, 10.0), VideoSettings(num_frames=3))
+    layouts = [clip, family.audio_layout(9000)]
+    tokenizer = Tokenizer(Checkpoint.open(ModelSettings(id=str(folder))), family.control)
+    tokens, starts = family.tokenize([Turn("user", (0, 1, "What?"))], layouts, tokenizer)
+    text = tokenizer.decode(tokens.tolist(), skip_special=False)
+    assert text.endswith("<|im_start|>assistant\n<|spk_bos|><|spk|><|spk_eos|><|tts_bos|>")
+    assert "<image_id>" not in text
+    assert starts[1] == starts[0] + clip.num_tokens + 1
+    frames = np.zeros((3, clip.height, clip.width, 3), np.uint8)
+    media = [torch.from_numpy(frames), torch.from_numpy(bytes_of(samples_of(Wave(9000))))]
+    both = ours.encode_images(media, layouts)
+    alone = [ours.encode_images([m], [n]) for m, n in zip(media, layouts, strict=True)]
+    torch.testing.assert_close(both, torch.cat(alone))
