@@ -36,12 +36,34 @@ def tokenizer_text(folder: Path) -> str:
     """
     ready = folder / "tokenizer.json"
     if ready.is_file():
-        return ready.read_text("utf-8")
+        return _completed(ready.read_text("utf-8"), folder)
     for name, read in _READERS.items():
         for path in sorted(folder.glob(name)):
             return json.dumps(_with_added(_read(path, read), folder), ensure_ascii=False)
     names = ", ".join(("tokenizer.json", *_READERS))
     raise UserError(f"{folder} has no tokenizer: none of {names}")
+
+
+def _completed(text: str, folder: Path) -> str:
+    """tokenizer.json with what only tokenizer_config.json adds, as transformers completes it."""
+    decoder = _json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    names = [entry["content"] for entry in decoder.values()]
+    start = text.find('"added_tokens"')
+    head = text[start : text.find('"normalizer"', start)]
+    # NOTE: looked for as text, because reading a large file costs more than all else here.
+    if all(json.dumps(n) in head or json.dumps(n, ensure_ascii=False) in head for n in names):
+        return text
+    try:
+        spec = json.loads(text)
+    except ValueError:
+        return text  # whoever reads it will say so
+    added = list(spec.get("added_tokens") or ())
+    known = {entry["content"] for entry in added}
+    for index, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
+        if entry["content"] not in known:
+            made = added_token(int(index), entry["content"], bool(entry.get("special", False)))
+            added.append(made | {key: entry[key] for key in made.keys() & entry.keys()})
+    return json.dumps(spec | {"added_tokens": added}, ensure_ascii=False)
 
 
 def _read(path: Path, read: Reader) -> dict[str, Any]:

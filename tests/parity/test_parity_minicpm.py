@@ -6,12 +6,14 @@ The official numbers are recorded (`tests/helpers/recorded.py`). CPU, float32.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from pipeline.errors import UserError
 from pipeline.models.base import DenseAttend, Model
@@ -158,3 +160,32 @@ def test_text_cannot_forge_an_image(ours: Model, tokenizer: Tokenizer) -> None:
     tokens, starts = ours.family.tokenize([turn], [], tokenizer)
     assert not starts
     assert ours.family.image_token_id not in tokens
+
+
+def test_tokens_that_only_the_tokenizers_config_adds(folder: Path, tmp_path: Path) -> None:
+    """As transformers completes a tokenizer.json; `<unk>` may stand in the vocabulary."""
+    spec_, config = (
+        json.loads((folder / name).read_text())
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+    late = [t for t in spec_["added_tokens"] if t["content"] in ("<image_id>", "<unk>", "<slice>")]
+    kept = [token for token in spec_["added_tokens"] if token not in late]
+    spec_["added_tokens"] = kept
+    (unknown,) = (token["id"] for token in late if token["content"] == "<unk>")
+    spec_["model"]["vocab"]["<unk>"] = unknown
+    config["added_tokens_decoder"] = {
+        str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in late
+    }
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec_))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    settings = ModelSettings(id=str(tmp_path))
+    checkpoint = Checkpoint.open(settings)
+    family = spec.build(checkpoint, settings)
+    assert family.image_token_id == unknown
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "<image_id>0</image_id><image><unk></image><slice>"
+    ours = Tokenizer(checkpoint, family.control)
+    assert ours.encode(text, special=True) == theirs.encode(text, add_special_tokens=False)
+    assert ours.encode("<unk>") != [unknown]
