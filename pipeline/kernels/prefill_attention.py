@@ -227,11 +227,13 @@ def _prefill_kernel(
     if WINDOW > 0:
         earliest = position + row - WINDOW + 1
         low = tl.maximum(position + first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-    # Blocks that every row sees whole need no mask.
+    # Blocks that every row sees whole need no mask; with a window, where it cuts no row's keys.
     full = low
-    if WINDOW == 0 and DIM == BLOCK_D:
+    if DIM == BLOCK_D:
         shared = tl.min(latest, 0) + 1 if SPANS else position + first + 1
         full = tl.maximum(tl.minimum(total, shared), 0) // BLOCK_N * BLOCK_N
+        if WINDOW > 0:
+            full = tl.where(position + first + BLOCK_M <= WINDOW, full, low)
     for begin in range(low, full, BLOCK_N):
         best, norm, acc = _take_block(
             best, norm, acc, q, k_rows, v_rows, begin, entry + 4, earliest, latest, total, scale,

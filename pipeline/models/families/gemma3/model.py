@@ -16,7 +16,7 @@ from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
 from pipeline.models.families.gemma3 import spec
-from pipeline.models.layers import RMSNorm
+from pipeline.models.layers import Linear, RMSNorm
 from pipeline.models.loading import Weights
 from pipeline.models.rope import RopeConfig, rope_config
 from pipeline.models.vision.siglip import SiglipTower
@@ -105,7 +105,8 @@ class Projector:
         norm = f"{name}.mm_soft_emb_norm"
         self.norm = RMSNorm.take(weights, norm, vision.size, vision.eps, offset=1.0)
         # NOTE: stored with its inputs first.
-        self.weight = weights.take(f"{name}.mm_input_projection_weight", (vision.size, hidden))
+        weight = weights.take(f"{name}.mm_input_projection_weight", (vision.size, hidden))
+        self.linear = Linear(weight.T.contiguous())
         self.side = int(tokens**0.5)
         self.pool = vision.grid // self.side
 
@@ -113,7 +114,7 @@ class Projector:
         """[B, patches, C] -> [B * tokens, H]."""
         cut = x.view(len(x), self.side, self.pool, self.side, self.pool, -1)
         pooled = cut.mean((2, 4)).flatten(0, 2)
-        return self.norm(pooled)[0] @ self.weight
+        return self.linear(self.norm(pooled)[0])
 
 
 class Gemma3(Model):
