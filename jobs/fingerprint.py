@@ -28,7 +28,9 @@ SAMPLE_BYTES = 1 << 16
 NUM_SAMPLES = 16
 
 _INPUT_FIELDS = ("source", "id", "image", "video", "audio", "keep", "messages", "base_path")
-_MODEL_FIELDS = ("chat_template", "dtype", "quantization", "max_pixels", "min_pixels")
+_MODEL_FIELDS = (
+    "chat_template", "dtype", "quantization", "max_pixels", "min_pixels", "pan_and_scan",
+)  # fmt: skip
 _ENGINE_FIELDS = ("deterministic", "max_context")
 
 

@@ -28,6 +28,7 @@ class ModelSettings(Settings):
     quantization: Literal["none", "fp8"] = Field("none", description="none or fp8.")
     max_pixels: int | None = Field(None, ge=1, description="Pixels an image is resized to at most.")
     min_pixels: int | None = Field(None, ge=1, description="Pixels an image has at least.")
+    pan_and_scan: bool = Field(False, description="Gemma 3: crops of long images beside the whole.")
 
 
 class InputSettings(Settings):

@@ -89,6 +89,7 @@ class Family(ABC):
     default_sampling: Mapping[str, Any]
     template: Template
     sizes: ModelSizes = ModelSizes()
+    pans_and_scans: bool = False  # heeds model.pan_and_scan
     images_reach_back: bool = False  # tokens before an image depend on it, on all of a prompt's
 
     @property

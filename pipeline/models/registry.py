@@ -158,6 +158,10 @@ def family_for(checkpoint: Checkpoint, settings: ModelSettings) -> Family:
         if spec.matches(checkpoint.config):
             _check_template(settings.chat_template, entry.name, entry.templates)
             family: Family = spec.build(checkpoint, settings)
+            if settings.pan_and_scan and not family.pans_and_scans:
+                raise UserError(
+                    f"model.pan_and_scan is Gemma 3's; this {entry.name} model has none"
+                )
             _check_template(settings.chat_template, entry.name, family.templates)
             return family
     config = checkpoint.config

@@ -7,6 +7,8 @@ see each other.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from pipeline.models.vision.views import render_views
 from pipeline.models.vision.vit import VitConfig, image_patches
 from pipeline.rows import ImageLayout
 
-IMAGES_AT_ONCE = 16  # of one pass of the tower: 4,096 patches each
+PICTURES_AT_ONCE = 16  # of one pass of the tower: 4,096 patches each
 
 # The hub's layout and what transformers 5 saves, to the names used here.
 RENAME = (
@@ -134,20 +136,44 @@ class Gemma3(Model):
         self.projector = projector
 
     def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:
-        pairs = list(zip(images, layouts, strict=True))
-        parts = [
-            self._encode(pairs[i : i + IMAGES_AT_ONCE])
-            for i in range(0, len(pairs), IMAGES_AT_ONCE)
+        pictures = [
+            view
+            for image, layout in zip(images, layouts, strict=True)
+            for view in render_views(image, layout)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = [
+            self._encode(pictures[i : i + PICTURES_AT_ONCE])
+            for i in range(0, len(pictures), PICTURES_AT_ONCE)
+        ]
+        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(pictures) == len(images):
+            return features
+        return self._joined(features, [len(layout.views) for layout in layouts])
 
-    def _encode(self, pairs: list[tuple[Tensor, ImageLayout]]) -> Tensor:
+    def _encode(self, pictures: list[Tensor]) -> Tensor:
         assert self.tower is not None
         assert self.projector is not None
         family, patch = self.family, self.tower.config.patch
-        square = torch.stack([view for pair in pairs for view in render_views(*pair)])
+        square = torch.stack(pictures)
         patches = image_patches(square, patch, family.image_mean, family.image_std, self.dtype)
         return self.projector(self.tower(patches))
+
+    def _joined(self, features: Tensor, num_pictures: list[int]) -> Tensor:
+        """Rows of whole blocks: the words between an image's pictures have their embeddings."""
+        whole, crop = self.joints
+        pictures = iter(features.split(self.family.tokens))
+        rows: list[Tensor] = []
+        for count in num_pictures:
+            rows.append(next(pictures))
+            for number in range(1, count):
+                rows += [whole if number == 1 else crop, next(pictures)]
+        return torch.cat(rows)
+
+    @cached_property
+    def joints(self) -> tuple[Tensor, Tensor]:
+        ids = [torch.from_numpy(x.astype("int64")) for x in astuple(self.family.joints)]
+        whole, crop = (self.embed(x.to(self.device)) for x in ids)
+        return whole, crop
 
 
 def build(checkpoint: Checkpoint, family: spec.Gemma3, weights: Weights) -> Gemma3:

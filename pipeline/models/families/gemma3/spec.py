@@ -1,4 +1,5 @@
-"""Gemma 3: detection, image layout, sizes. One square picture an image, 256 tokens each.
+"""Gemma 3: detection, image layout, sizes. One square picture an image, 256 tokens each; with pan
+and scan, crops of long images too (`crops.py`).
 
 The hub's configs name few keys; what they leave out are the defaults below. A text model of the
 family (1B, 270M) loads too and takes no images. The weights' side stands in `model.py`. Imports no
@@ -7,15 +8,22 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.families.gemma3.crops import BETWEEN, CropRule, Joints, with_crops
 from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
-from pipeline.rows import ImageLayout, View
+from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import gemma_it
+from pipeline.templates.render import Control, render
+from pipeline.tokenizer import Tokenizer
 
 _ARCHITECTURES = ("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM")
 _MODEL_TYPES = ("gemma3", "gemma3_text")
@@ -78,6 +86,7 @@ class Gemma3(Family):
     name = "gemma3"
     templates = ("gemma-it",)
     template = gemma_it.TEMPLATE
+    pans_and_scans = True
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
         config = checkpoint.config
@@ -90,7 +99,9 @@ class Gemma3(Family):
         self.eos_token_ids = end_tokens(checkpoint, config, self.template)
         self.default_sampling = default_sampling(checkpoint.generation_config)
         self.sizes = _sizes(text, vision, int(config.get("mm_tokens_per_image") or 256))
+        self._checkpoint = checkpoint
         self._layout: ImageLayout | None = None
+        self.crops = CropRule() if settings.pan_and_scan else None
         if vision is None:
             self.takes = frozenset()
         else:
@@ -107,15 +118,55 @@ class Gemma3(Family):
             raise UserError(
                 f"preprocessor_config.json resizes images to {size}, the tower takes {side} pixels."
             )
-        view = View(side, side, (side, side), filter=_FILTERS[processor.get("resample", 2)])
-        tokens = int(config.get("mm_tokens_per_image") or 256)
-        self._layout = ImageLayout(side, side, (1, patches, patches), tokens, (view,))
+        self.whole = View(side, side, (side, side), filter=_FILTERS[processor.get("resample", 2)])
+        self.tokens = int(config.get("mm_tokens_per_image") or 256)
+        self._layout = ImageLayout(side, side, (1, patches, patches), self.tokens, (self.whole,))
+
+    @cached_property
+    def joints(self) -> Joints:
+        """The tokens between the pictures of one image."""
+        tokenizer = Tokenizer(self._checkpoint, self.control)
+        first, image, last = "<end_of_image>\n\n", "\n\n", "<start_of_image>"
+        ids = [
+            tokenizer.ids(f"{first}{words}{image}{last}", special=True) for words in (BETWEEN, " ")
+        ]
+        return Joints(*ids)
 
     def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
-        """Every image is squeezed into the same square."""
+        """Every image, and every crop of it, is squeezed into the same square."""
         if self._layout is None:
             raise RowError("unsupported_input", "The model is a text model and takes no images.")
-        return self._layout
+        boxes = self.crops.boxes(width, height) if self.crops is not None else []
+        if not boxes:
+            return self._layout
+        views = (self.whole, *(replace(self.whole, box=box) for box in boxes))
+        soft = np.zeros(self.tokens, np.int32)
+        num_tokens = len(self.joints.ids(len(views), soft))
+        return replace(self._layout, num_tokens=num_tokens, views=views)
+
+    def image_tokens(self, layout: ImageLayout) -> np.ndarray:
+        soft = np.full(self.tokens, self.image_token_id, np.int32)
+        return soft if len(layout.views) == 1 else self.joints.ids(len(layout.views), soft)
+
+    def tokenize(
+        self, turns: Sequence[Turn], layouts: Sequence[ImageLayout], tokenizer: Tokenizer
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
+        pictures = [len(layout.views) for layout in layouts]
+        if max(pictures, default=1) == 1:
+            return super().tokenize(turns, layouts, tokenizer)
+        expanded, opens = with_crops(turns, pictures)
+        soft = np.full(self.tokens, self.image_token_id, np.int32)
+        chunks, starts, length = [], {}, 0
+        for piece in render(replace(self.template, strip_each=False), expanded):
+            if isinstance(piece, int):
+                if piece in opens:
+                    starts[opens[piece]] = length
+                chunk = soft
+            else:
+                chunk = tokenizer.ids(piece, special=isinstance(piece, Control))
+            chunks.append(chunk)
+            length += len(chunk)
+        return np.concatenate(chunks), tuple(starts.values())
 
 
 def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any] | None, tokens: int) -> ModelSizes:
