@@ -79,7 +79,7 @@ def load(ref: ImageRef, settings: InputSettings) -> bytes:
 def probe(data: bytes, limits: Limits) -> VideoInfo:
     """Size, frames and rate, from the packets and the first frame. Raises: RowError."""
     deadline = time.monotonic() + limits.timeout_sec
-    with _opened(data) as (container, stream):
+    with _opened(data, limits) as (container, stream):
         context = stream.codec_context
         _check_pixels(context.width, context.height, limits)
         index = _read_index(container, stream, limits, deadline)
@@ -88,7 +88,7 @@ def probe(data: bytes, limits: Limits) -> VideoInfo:
         if index.times:
             _rewind(container, stream, index)
             return VideoInfo(*_shown_size(container, stream, limits), index.num_frames, fps)
-    with _opened(data) as (container, stream):
+    with _opened(data, limits) as (container, stream):
         return VideoInfo(*_shown_size(container, stream, limits), index.num_frames, fps)
 
 
@@ -99,7 +99,7 @@ def read_frames(
     deadline = time.monotonic() + limits.timeout_sec
     numbers = sorted(set(wanted))
     found = 0
-    with _opened(data) as (container, stream):
+    with _opened(data, limits) as (container, stream):
         index = _read_index(container, stream, limits, deadline)
         if index.times:
             _rewind(container, stream, index)
@@ -107,21 +107,23 @@ def read_frames(
                 yield number, _pixels(frame, limits)
                 found += 1
     if found < len(numbers):  # the decoder's times are not the packets': count instead
-        with _opened(data) as (container, stream):
+        with _opened(data, limits) as (container, stream):
             for number, frame in _counted(container, stream, numbers[found:], deadline):
                 yield number, _pixels(frame, limits)
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
+def _opened(data: bytes, limits: Limits) -> Iterator[tuple[Any, Any]]:
     """The container and its first stream of moving pictures; PyAV's errors become RowErrors."""
     import av
     from av.stream import Disposition
 
     av.logging.set_level(None)
+    known = _has_mark(data)
     try:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
         with av.open(io.BytesIO(data), options=options) as container:
+            known = True
             pictures = [
                 stream
                 for stream in container.streams.video
@@ -133,17 +135,18 @@ def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
             if stream.codec_context is None:
                 raise RowError("video_unreadable", "The video's codec is not supported.")
             stream.codec_context.thread_count = 1  # the cores decode other videos meanwhile
+            stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
             yield container, stream
     except MemoryError:
         raise RowError("video_too_large", "The video does not fit the memory.") from None
     except (av.error.FFmpegError, *_TROUBLE) as error:
-        raise _explained(data, error) from None
+        raise _explained(data, error, known) from None
 
 
-def _explained(data: bytes, error: Exception) -> RowError:
+def _explained(data: bytes, error: Exception, known: bool) -> RowError:
     if _is_cut(data):
         return RowError("truncated_video")
-    if not _has_mark(data):
+    if not known:
         return RowError("not_a_video")
     reason = getattr(error, "strerror", None) or error
     return RowError("video_unreadable", f"The video cannot be decoded: {reason}.")

@@ -213,3 +213,30 @@ def test_any_choice_of_frames_is_the_whole_videos(shape: str) -> None:
         found = list(read_frames(data, wanted.tolist(), LIMITS))
         assert [number for number, _ in found] == sorted(wanted.tolist())
         assert all(np.array_equal(frame, whole[number]) for number, frame in found)
+
+
+def _growing() -> bytes:
+    """A bare H.264 stream whose frames grow in the middle."""
+    parts = []
+    for side in (64, 512):
+        file = io.BytesIO()
+        with av.open(file, "w", format="h264") as container:
+            stream: Any = container.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+            stream.options = {"threads": "1"}
+            for number in range(5):
+                array = np.full((side, side, 3), 40 * number, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+            container.mux(stream.encode(None))
+        parts.append(file.getvalue())
+    return b"".join(parts)
+
+
+def test_frames_that_grow_beyond_the_limit() -> None:
+    data = _growing()
+    sizes = [frame.shape for _, frame in read_frames(data, range(10), LIMITS)]
+    assert sizes == [(64, 64, 3)] * 5 + [(512, 512, 3)] * 5
+    limits = LIMITS._replace(max_pixels=100 * 100)
+    with pytest.raises(RowError) as caught:
+        list(read_frames(data, range(10), limits))
+    assert caught.value.code == "video_unreadable"
