@@ -27,6 +27,7 @@ from pipeline.sources.webdataset import WebDatasetSource
 from pipeline.stores import patiently
 
 _REVISION = re.compile(r"^(hf://[^@]*)@[^/]+")  # the commit in an address
+_ADDRESS = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?")
 _BATCH_ROWS = 32
 _COUNT_ROWS = 1000
 
@@ -139,8 +140,8 @@ class _Streamed(Source):
 
 
 def _choose(settings: InputSettings, columns: Collection[str] | None) -> Source:
-    if not isinstance(settings.path, str):
-        raise UserError("input.path must be one dataset where input.source is hf.")
+    settings = _of_address(settings)
+    assert isinstance(settings.path, str)
     try:
         import datasets
     except ImportError as error:
@@ -176,6 +177,22 @@ def _choose(settings: InputSettings, columns: Collection[str] | None) -> Source:
     except Exception as error:  # `datasets` and the hub raise classes of many packages
         text = " ".join(str(error).split())
         raise UserError(f"the dataset {settings.path} cannot be opened: {text}") from error
+
+
+def _of_address(settings: InputSettings) -> InputSettings:
+    """`hf://datasets/OWNER/NAME@REVISION` as the dataset's id and revision. Raises: UserError."""
+    if not isinstance(settings.path, str):
+        raise UserError("input.path must be one dataset where input.source is hf.")
+    if not settings.path.startswith("hf://"):
+        return settings
+    match = _ADDRESS.fullmatch(settings.path)
+    if match is None:
+        raise UserError(
+            f"input.path {settings.path} names no dataset: write OWNER/NAME or "
+            "hf://datasets/OWNER/NAME, or read single files with input.source parquet."
+        )
+    revision = match[2] or settings.revision
+    return settings.model_copy(update={"path": match[1], "revision": revision})
 
 
 def _addresses(builder: Any, settings: InputSettings) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -122,3 +123,25 @@ def test_a_hub_that_refuses(job: JobFolder, hub: Hub) -> None:
     done = _push(job, "hf://me/denied")
     assert done.returncode == 2
     assert "hf://datasets/OWNER/NAME" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("parquet", "hf://datasets/o/words/data/*.parquet"),
+        ("hf", "hf://datasets/o/words"),
+        ("hf", "hf://datasets/o/words@main"),
+    ],
+)
+def test_addresses_of_the_hub(
+    job: JobFolder, hub: Hub, tmp_path: Path, source: str, path: str
+) -> None:
+    hub.fail("GET", "/api/datasets/o/words", 503)
+    hub.fail("GET", "/resolve/", 429)
+    done = job.run(
+        "--set", f"input.source={source}", "--set", f"input.path={path}",
+        "--output", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(tmp_path / "out/data").num_rows == NUM_ROWS
+    assert not hub.faults
