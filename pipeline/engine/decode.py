@@ -7,17 +7,22 @@ lanes, no requests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.engine.cascade import SharedTable, max_items, share
 from pipeline.engine.cross_cache import CrossCache
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.sampler import GREEDY, SamplerMode, sample
-from pipeline.engine.slots import Slots, to_device
+from pipeline.engine.sequence import Sequence
+from pipeline.engine.slots import MAX_SEGMENTS, Slots, to_device
 from pipeline.kernels.backend import invariant
+from pipeline.kernels.cascade_attention import SharedReads, cascade_attention, lanes_per_item
 from pipeline.kernels.decode_attention import (
     DecodePlan,
     choose_splits,
@@ -31,17 +36,26 @@ from pipeline.models.base import Model
 from pipeline.models.decoder import Attend
 
 SMALLEST_GRAPH = 16  # lanes
+MANY_LANES = 256  # above which shared ranges need fewer chunks to fill the device
 INVARIANT_SPLITS = 4  # of each length, where neither lanes nor memory may matter
 
 
 class DecodeAttend:
     """`Attend` of one step: a token a lane, written to the lane's place."""
 
-    def __init__(self, model: Model, cache: KVCache, places: Tensor, plan: DecodePlan) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        places: Tensor,
+        plan: DecodePlan,
+        shared: SharedReads | None = None,
+    ) -> None:
         self.config = model.decoder.config
         self.cache = cache
         self.places = places
-        self.plan = plan
+        self.plan = plan if shared is None else shared.without(plan)
+        self.shared = shared
 
     def __call__(
         self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, last: Tensor | None
@@ -53,7 +67,10 @@ class DecodeAttend:
             return mla_decode(q, rows, self.plan, c.scale, c.mla.rope).flatten(1)
         k, v = self.cache.keys(layer), self.cache.values(layer)
         q = rope_and_cache(qkv, cos, sin, k, v, self.places, c.num_heads)
-        out = decode_attention(q, k, v, self.plan, c.scale, c.window(layer), c.softcap)
+        if self.shared is not None:
+            out = cascade_attention(q, k, v, self.plan, self.shared, c.scale, c.softcap)
+        else:
+            out = decode_attention(q, k, v, self.plan, c.scale, c.window(layer), c.softcap)
         return out.flatten(1)
 
 
@@ -63,6 +80,7 @@ class Captured:
 
     graph: torch.cuda.CUDAGraph
     rows: Tensor
+    shared: SharedReads | None
     result: Tensor
 
 
@@ -85,34 +103,48 @@ class Decoder:
         self.graphs = graphs and model.device.type == "cuda"
         self.max_length = max_length
         self.sizes = graph_sizes(slots.num_slots)
-        self._captured: dict[tuple[int, SamplerMode], Captured] = {}
+        self._captured: dict[tuple[int, SamplerMode, bool], Captured] = {}
         self._pool: Any = None
+        self._lanes_per_item = self._cascade_width()
+        self._table: tuple[Seq[Sequence], SharedTable | None] = ((), None)
 
-    def step(self, lanes: list[int], mode: SamplerMode, longest: int) -> Tensor:
-        """One token for each of `lanes`; returns [2, >= n] of tokens and states, a column a lane.
+    def step(self, sequences: Seq[Sequence], mode: SamplerMode, longest: int) -> Tensor:
+        """One token for each running sequence; returns [2, >= n] of tokens and states, by column.
 
-        `longest` is the longest length of any lane, this token included.
+        `longest` is the longest length of any, this token included.
         """
         device = self.model.device
+        lanes = [s.lane for s in sequences]
         if device.type != "cuda":
             return self._run(torch.tensor(lanes, dtype=torch.int64), mode, longest)
         size = next(s for s in self.sizes if s >= len(lanes))
         # NOTE: the spare lane is always idle; a step may serve it any number of times.
         table = torch.tensor(lanes + [self.slots.spare] * (size - len(lanes)), dtype=torch.int64)
+        shared = self._shared(sequences)
         if not self.graphs:
-            return self._run(to_device(table, device), mode, longest)
-        if (size, mode) not in self._captured:
-            self._captured[size, mode] = self._capture(size, mode)
-        captured = self._captured[size, mode]
+            reads = self._reads(size)
+            if shared is not None:
+                _fill(reads, shared)
+            rows = to_device(table, device)
+            return self._run(rows, mode, longest, reads if shared is not None else None)
+        key = size, mode, shared is not None
+        if key not in self._captured:
+            self._captured[key] = self._capture(*key)
+        captured = self._captured[key]
         captured.rows.copy_(table.pin_memory(), non_blocking=True)
+        if shared is not None:
+            assert captured.shared is not None
+            _fill(captured.shared, shared)
         captured.graph.replay()
         return captured.result
 
-    def _run(self, rows: Tensor, mode: SamplerMode, longest: int) -> Tensor:
+    def _run(
+        self, rows: Tensor, mode: SamplerMode, longest: int, shared: SharedReads | None = None
+    ) -> Tensor:
         slots, model = self.slots, self.model
         segments, places = slots.segments[rows], slots.places[rows]
         plan = plan_decode(segments, longest, self._splits(len(places)))
-        attend: Attend = DecodeAttend(model, self.cache, places, plan)
+        attend: Attend = DecodeAttend(model, self.cache, places, plan, shared)
         if self.cross is not None:
             attend = self.cross.decode(attend, rows)
         x = model.embed(slots.tokens[rows])
@@ -121,6 +153,30 @@ class Decoder:
         logits = model.decoder.logits(hidden, wide=mode != GREEDY)
         tokens, valid = sample(logits, slots, rows, mode)
         return advance(slots, rows, tokens, valid, step=1)
+
+    def _cascade_width(self) -> int:
+        """Lanes that read a shared range together; 0 where lanes must read alone."""
+        c = self.model.decoder.config
+        plain = c.mla is None and not any(c.windows) and self.cross is None
+        if not plain or invariant() or self.model.device.type != "cuda":
+            return 0
+        return lanes_per_item(c.num_heads, c.num_kv_heads)
+
+    def _shared(self, sequences: Seq[Sequence]) -> SharedTable | None:
+        """The table of what these sequences share, made anew when they change."""
+        if not self._lanes_per_item:
+            return None
+        known = self._table[0]
+        if len(known) != len(sequences) or any(map(is_not, known, sequences)):
+            self._table = sequences, share(sequences, self._lanes_per_item)
+        return self._table[1]
+
+    def _reads(self, size: int) -> SharedReads:
+        """Room for the tables of `size` lanes, all idle."""
+        width, device = self._lanes_per_item, self.model.device
+        items = torch.zeros(max_items(size, width), 3 + width, dtype=torch.int32, device=device)
+        taken = torch.zeros(size, MAX_SEGMENTS, dtype=torch.bool, device=device)
+        return SharedReads(items, taken, num_chunks=2 if size > MANY_LANES else 4)
 
     def _splits(self, num_lanes: int) -> int:
         device = self.model.device
@@ -132,21 +188,32 @@ class Decoder:
             return INVARIANT_SPLITS
         return choose_splits(num_lanes, config.num_kv_heads, self.max_length, sms)
 
-    def _capture(self, size: int, mode: SamplerMode) -> Captured:
+    def _capture(self, size: int, mode: SamplerMode, cascade: bool) -> Captured:
         """Capture a step of `size` lanes; the warm-up runs before it serve the spare lane."""
+        shared = self._reads(size) if cascade else None
         rows = torch.full((size,), self.slots.spare, dtype=torch.int64, device=self.model.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._run(rows, mode, self.max_length)
+                self._run(rows, mode, self.max_length, shared)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            result = self._run(rows, mode, self.max_length)
+            result = self._run(rows, mode, self.max_length, shared)
         self._pool = self._pool or graph.pool()
-        return Captured(graph, rows, result)
+        return Captured(graph, rows, shared, result)
+
+
+def _fill(reads: SharedReads, table: SharedTable) -> None:
+    """Copy a table to the device; what it does not fill is idle."""
+    items = torch.zeros(reads.items.shape, dtype=torch.int32, pin_memory=True)
+    taken = torch.zeros(reads.taken.shape, dtype=torch.bool, pin_memory=True)
+    items[: len(table.items)] = torch.from_numpy(table.items)
+    taken[: len(table.taken)] = torch.from_numpy(table.taken)
+    reads.items.copy_(items, non_blocking=True)
+    reads.taken.copy_(taken, non_blocking=True)
 
 
 def graph_sizes(num_slots: int) -> list[int]:

@@ -256,19 +256,18 @@ class Engine:
     # 3. step
 
     def _step(self) -> None:
-        lanes = list(self.running)
+        sequences = list(self.running.values())
         longest = max(
-            s.request.num_tokens + len(s.output_ids) + 2 + len(self._steps)
-            for s in self.running.values()
+            s.request.num_tokens + len(s.output_ids) + 2 + len(self._steps) for s in sequences
         )
         try:
             with self.timer.stage("decode"):
-                result = self.decoder.step(lanes, self._mode, longest)
+                result = self.decoder.step(sequences, self._mode, longest)
         except OUT_OF_MEMORY:
             self._shrink()
             return
         self._num_failed_steps = 0
-        self._push([(column, self.running[lane]) for column, lane in enumerate(lanes)], result)
+        self._push(list(enumerate(sequences)), result)
         self.stats.num_steps += 1
         self.stats.num_lane_steps += self.slots.num_slots
 

@@ -125,7 +125,7 @@ def capped_attention(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, seg_ptr, part_ptr, stat_ptr, head_stride, scale, num_splits,
+    q_ptr, k_ptr, v_ptr, seg_ptr, part_ptr, stat_ptr, head_stride, scale, num_splits, num_parts,
     HQ: tl.constexpr, HK: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -172,12 +172,12 @@ def _decode_kernel(
         values = tl.load(base_v + offset, mask=kv_mask, other=0.0)
         best, norm, acc = fold_block(best, norm, acc, scores, values, scale)
     # NOTE: rows past GROUP are padding; an empty chunk leaves norm 0 and best -inf.
-    out_row = (lane * HQ + kv_head * GROUP + row) * num_splits + split
+    out_row = (lane * HQ + kv_head * GROUP + row).to(tl.int64) * num_parts + split
     safe = tl.where(norm > 0, norm, 1.0)
     out = acc / safe[:, None]
     part = part_ptr + out_row[:, None] * DIM + channel[None, :]
     tl.store(part, out.to(part_ptr.dtype.element_ty), mask=q_mask)
-    if num_splits > 1:
+    if num_parts > 1:
         weight_sum = tl.where(norm > 0, best + tl.log2(safe), float("-inf"))
         tl.store(stat_ptr + out_row, weight_sum, mask=row < GROUP)
 
@@ -195,7 +195,7 @@ def _join_kernel(
     peak = tl.maximum(tl.max(stat, 0), -1e30)  # a lane without keys has no peak
     weight = tl.exp2(stat - peak)
     offset = (row * num_splits + split[:, None]) * DIM + channel[None, :]
-    mask = inside[:, None] & (channel[None, :] < DIM)
+    mask = (inside & (stat > float("-inf")))[:, None] & (channel[None, :] < DIM)
     part = tl.load(part_ptr + offset, mask=mask, other=0.0)
     total = tl.sum(weight, 0)
     out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
@@ -212,27 +212,48 @@ def _decode_triton(
     softcap: float | None,
 ) -> Tensor:
     lanes, num_heads, dim = q.shape
-    num_kv_heads, splits = k.shape[0], plan.num_splits
     out = torch.empty_like(q)
-    single = splits == 1
-    part = out if single else q.new_empty(lanes, num_heads, splits, dim, dtype=torch.float32)
-    stat = q.new_empty(lanes, num_heads, splits, dtype=torch.float32)
-    block_d = max(16, next_power_of_2(dim))
-    if lanes == 0:
+    if plan.num_splits == 1:
+        launch_decode(q, k, v, plan, scale, out, None, 1, window, softcap)
         return out
-    _decode_kernel[(lanes, num_kv_heads, splits)](
-        q.contiguous(), k, v, plan.segments, part, stat, k.stride(0), scale, splits,
-        HQ=num_heads, HK=num_kv_heads, DIM=dim, SEGMENTS=plan.segments.shape[1],
+    part = q.new_empty(lanes, num_heads, plan.num_splits, dim, dtype=torch.float32)
+    stat = q.new_empty(lanes, num_heads, plan.num_splits, dtype=torch.float32)
+    launch_decode(q, k, v, plan, scale, part, stat, plan.num_splits, window, softcap)
+    return join_splits(part, stat, out)
+
+
+def launch_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: DecodePlan,
+    scale: float,
+    part: Tensor,
+    stat: Tensor | None,
+    num_parts: int,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Fill the first `plan.num_splits` of `num_parts` parts, and their log sums."""
+    lanes, num_heads, dim = q.shape
+    num_kv_heads, block_d = k.shape[0], max(16, next_power_of_2(dim))
+    if lanes == 0:
+        return
+    _decode_kernel[(lanes, num_kv_heads, plan.num_splits)](
+        q.contiguous(), k, v, plan.segments, part, part if stat is None else stat, k.stride(0),
+        scale, plan.num_splits, num_parts, HQ=num_heads, HK=num_kv_heads, DIM=dim,
+        SEGMENTS=plan.segments.shape[1],
         ROWS=max(16, next_power_of_2(num_heads // num_kv_heads)), BLOCK_D=block_d,
         BLOCK=BLOCK_KV, WINDOW=window or 0, SOFTCAP=softcap or 0.0,
         num_warps=4, num_stages=3 if block_d <= 128 else 2,
     )  # fmt: skip
-    return out if single else join_splits(part, stat, out)
 
 
 def join_splits(part: Tensor, stat: Tensor, out: Tensor) -> Tensor:
     """Join the chunks `part` [B, H, S, D] by their log sums `stat` [B, H, S] into `out`."""
     lanes, heads, splits, dim = part.shape
+    if lanes == 0:
+        return out
     _join_kernel[(lanes * heads,)](
         part, stat, out, splits, DIM=dim, SPLITS=next_power_of_2(splits),
         BLOCK_D=max(16, next_power_of_2(dim)), num_warps=2,

@@ -14,6 +14,8 @@ import torch
 
 from pipeline.kernels import (
     backend,
+    cascade_attention,
+    decode_attention,
     fp8,
     lanes,
     matmul,
@@ -112,6 +114,36 @@ def test_prefill_attention(dim: int) -> None:
     q = torch.randn(333, 4, dim, device=DEVICE)
     found = prefill_attention(q, k, v, plan_prefill(runs, q.device, True), 0.2)
     expected = prefill_attention(q, k, v, plan_prefill(runs, q.device, False), 0.2)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("splits", [1, 3])
+def test_cascade_attention(splits: int) -> None:
+    """Ranges read once for several lanes give what each lane reads alone."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 2, 900, 24, device=DEVICE)
+    q = torch.randn(6, 14, 24, device=DEVICE)  # seven query heads a key head: nine lanes an item
+    prefix, image, other = (1, 200), (300, 150), (500, 130)
+    lanes = [
+        (prefix, image, (700, 9)),
+        (prefix, image, (720, 1)),
+        (prefix, other, (730, 30)),
+        ((0, 0), other, (770, 65)),
+        ((0, 0), (0, 0), (840, 5)),
+        ((0, 0), (0, 0), (0, 0)),
+    ]
+    segments = torch.tensor(lanes, dtype=torch.int32, device=DEVICE)
+    taken = torch.tensor(
+        [[1, 1, 0], [1, 1, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]], device=DEVICE
+    ).bool()
+    none = [-1] * 9
+    rows = [[0, *prefix, 0, 1, 2], [1, *image, 0, 1], [1, *other, 2, 3], [0, 0, 0]]
+    items = torch.tensor([(r + none)[:12] for r in rows], dtype=torch.int32, device=DEVICE)
+    shared = cascade_attention.SharedReads(items, taken, 4)
+    plan = decode_attention.plan_decode(segments, 400, splits)
+    found = cascade_attention.cascade_attention(q, k, v, shared.without(plan), shared, 0.2)
+    expected = decode_attention.decode_attention(q, k, v, plan, 0.2)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
