@@ -24,6 +24,7 @@ from pipeline.models.vision.views import render_view
 from pipeline.models.vision.vit import image_patches, vit_config
 from pipeline.rows import ImageLayout
 
+MAX_TILES = 64  # of one pass of the tower
 RENAME = ((r"^model\.text_model\.", "model."),)
 
 
@@ -46,11 +47,15 @@ class SmolVLM(Model):
     def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:
         tiles = [self._tiles(i, layout) for i, layout in zip(images, layouts, strict=True)]
         side = self.tower.config.grid * self.tower.config.patch
-        pixels = torch.cat(tiles)[:, :side, :side]
-        patches = image_patches(pixels, self.tower.config.patch, self.mean, self.std, self.dtype)
-        features = self.project(self._shuffled(self.tower(patches))).flatten(0, 1)
+        passes = torch.cat(tiles)[:, :side, :side].split(MAX_TILES)
+        features = torch.cat([self._features(pixels) for pixels in passes])
         ids, where = self._blocks(tuple(layouts))
         return self.embedding.index_select(0, ids).index_copy_(0, where, features)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """uint8 [n, S, S, 3] -> [n * tokens of a tile, H]."""
+        patches = image_patches(pixels, self.tower.config.patch, self.mean, self.std, self.dtype)
+        return self.project(self._shuffled(self.tower(patches))).flatten(0, 1)
 
     def _tiles(self, image: Tensor, layout: ImageLayout) -> Tensor:
         """uint8 [n, T, T, 3]: the tiles row by row, then the whole image as one."""
