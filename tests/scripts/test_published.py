@@ -23,6 +23,11 @@ PARAMETERS = {
     "deepseek-vl2": 27_464_895_896,
     "deepseek-vl2-small": 16_243_211_632,
     "deepseek-vl2-tiny": 3_355_263_088,
+    "gemma-3-4b": 4_300_079_472,
+    "gemma-3-12b": 12_187_325_040,
+    "gemma-3-27b": 27_432_406_640,
+    "llama-3.2-11b-vision": 10_670_220_835,
+    "llama-3.2-90b-vision": 88_593_355_323,
     "janus-pro-1b": 1_962_640_384,  # without the generation of images
     "janus-pro-7b": 7_235_034_112,
     "kimi-vl-a3b": 16_407_656_048,

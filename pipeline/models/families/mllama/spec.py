@@ -173,6 +173,7 @@ def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any]) -> ModelSizes:
     block = 4 * width * width + 2 * width * vision["intermediate_size"]
     states = states_per_tile(vision["image_size"], vision["patch_size"]) * vision["max_num_tiles"]
     outputs = width * (1 + len(vision["intermediate_layers_indices"]))
+    tables = (len(arrangements(vision["max_num_tiles"])) + 1) * states * width
     return ModelSizes(
         num_layers=layers - len(text["cross_attention_layers"]),
         num_kv_heads=kv_heads,
@@ -181,7 +182,7 @@ def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any]) -> ModelSizes:
         decoder_params=layers * (attention + 3 * hidden * text["intermediate_size"]),
         embedding_params=2 * hidden * text["vocab_size"],
         vision_params=depth * block,
-        projector_params=outputs * hidden,
+        projector_params=outputs * hidden + tables,
         patches_per_token=states,
         values_per_state=2 * len(text["cross_attention_layers"]) * kv_heads * head_dim,
         vision_width=width,
