@@ -24,6 +24,7 @@ from pipeline.rows import Request, Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import PIXELS, TEXTS, Bench, outputs, questions
+from tests.engine.test_endings import SCHEMA
 from tests.engine.test_parity import ARRANGEMENTS
 from tests.helpers.checkpoints import write_json
 from tests.helpers.gemma_checkpoint import (
@@ -340,3 +341,28 @@ def test_run(folders: dict[str, Path], tmp_path: Path) -> None:
     refused = start_run(folders["original"], tmp_path, [(64, 48)], "vicuna_v1.1")
     assert refused.returncode == 2
     assert "gemma-it" in refused.stderr
+
+
+@torch.inference_mode()
+def test_float8_is_close(folders: dict[str, Path]) -> None:
+    model = open_ours(folders["original"], spec.build)
+    prompt = make_prompt(model.family, PROMPTS["one image"])
+    exact = our_logits(model, prompt)
+    model.quantize()
+    layer = model.decoder.layers[0]
+    kinds = [type(x).__name__ for x in (layer.qkv, layer.out, layer.mlp.down, layer.mlp_norm)]
+    assert kinds == ["Fp8Linear", "Fp8Linear", "Fp8Linear", "Fp8RMSNorm"]
+    assert difference(our_logits(model, prompt), exact) < 0.1
+
+
+def test_a_schema_is_followed(folders: dict[str, Path]) -> None:
+    """The tokenizer spells braces in bytes."""
+    bench = Bench.open(folders["original"])
+    pixels = [random_image(60, 60)]
+    requests = [
+        bench.request(i, "How many?", pixels, schema=SCHEMA, max_new_tokens=40) for i in range(2)
+    ]
+    for completion in bench.run(requests).values():
+        text = bench.tokenizer.decode(completion.output_ids)
+        assert completion.finish_reason == "stop", text
+        assert set(json.loads(text)) == {"n"}

@@ -24,6 +24,7 @@ from pipeline.rows import Request, Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import PIXELS, TEXTS, Bench, outputs, questions
+from tests.engine.test_out_of_memory import failing
 from tests.engine.test_parity import ARRANGEMENTS
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.mllama_checkpoint import IDS, LAYERS, LENGTH, SIDE, TILES, write_mllama
@@ -332,6 +333,21 @@ def test_few_states_at_once(folders: dict[str, Path], truth: dict[Any, Any]) -> 
             assert completion.error.code == "out_of_memory"
         else:
             assert completion.output_ids == truth[key][1]
+
+
+@pytest.mark.parametrize("stage", ["encode_images", "embed"])
+def test_answers_survive_out_of_memory(
+    folders: dict[str, Path], truth: dict[Any, Any], stage: str
+) -> None:
+    bench = Bench.open(folders["original"])
+    engine = bench.engine()
+    found = getattr(engine.model, stage)
+    setattr(engine.model, stage, failing(found, lambda number, _: number == 2))
+    answers = outputs(bench.run(mllama_questions(bench), engine))
+    assert answers == {key: tokens for key, (_, tokens) in truth.items()}
+    assert engine.stats.num_out_of_memory == 1
+    pool = engine.cross.pool.pool
+    assert pool.num_free == pool.size
 
 
 @torch.inference_mode()
