@@ -129,9 +129,8 @@ class CrossCache:
     def fill(self, pieces: Seq[Piece]) -> None:
         """Encode the pieces' images and keep their keys and values."""
         jobs: dict[int, list[tuple[Any, ImageLayout, np.ndarray]]] = {}
-        for piece in pieces:
-            places = _places(piece.states) if piece.images and piece.states else []
-            for (image, pixels), where in zip(piece.images, places, strict=bool(places)):
+        for piece in (piece for piece in pieces if piece.images):
+            for (image, pixels), where in zip(piece.images, _places(piece.states), strict=True):
                 same = jobs.setdefault(image.layout.num_states, [])
                 same.append((pixels.image, image.layout, where))
         for same in jobs.values():
