@@ -7,6 +7,7 @@ latter runs the kernels on CPU tensors, which is how CI tests them. Knows no ker
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ except ImportError:  # no Triton wheel for this platform: the references still w
     triton = _Missing()
     tl = None
 
-__all__ = ["invariant", "next_power_of_2", "set_invariant", "tl", "triton", "use_triton"]
+__all__ = [
+    "invariant", "next_power_of_2", "set_invariant", "shared_memory", "tl", "triton", "use_triton",
+]  # fmt: skip
 
 _invariant = False
 
@@ -47,6 +50,15 @@ def use_triton(tensor: torch.Tensor) -> bool:
     if choice == "reference":
         return False
     return choice == "triton" or (tensor.is_cuda and tl is not None)
+
+
+@lru_cache(maxsize=8)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of fast memory that one block of a kernel may use."""
+    if device.type != "cuda":
+        return 1 << 20
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def next_power_of_2(n: int) -> int:

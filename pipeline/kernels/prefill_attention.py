@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
+from pipeline.kernels.backend import next_power_of_2, shared_memory, tl, triton, use_triton
 from pipeline.kernels.decode_attention import capped_attention
 from pipeline.kernels.flash_parts import block_scores, fold_block, key_places
 
 BLOCK_Q = 64
 BLOCK_KV = 64
+WIDE_BYTES = 164_000  # of shared memory, for heads of 256 values in blocks of BLOCK_KV keys
 MAX_SEGMENTS = 3
 TABLE_WIDTH = 4 + 2 * MAX_SEGMENTS - 1
 
@@ -263,12 +264,15 @@ def _prefill_triton(
     num_heads, dim = q.shape[1:]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     block_d = max(16, next_power_of_2(dim))
+    keys, stages = BLOCK_KV, 3
+    if block_d > 128:
+        keys, stages = (BLOCK_KV, 2) if shared_memory(q.device) >= WIDE_BYTES else (32, 1)
     _prefill_kernel[(num_heads, len(plan.blocks))](
         q, k, v, out, plan.blocks, plan.table, plan.ahead, k.stride(0), q.stride(0), scale,
         HQ=num_heads, GROUP=num_heads // k.shape[0], DIM=dim, WIDTH=TABLE_WIDTH,
-        BLOCK_D=block_d, BLOCK_M=BLOCK_Q, BLOCK_N=BLOCK_KV, WINDOW=window or 0,
+        BLOCK_D=block_d, BLOCK_M=BLOCK_Q, BLOCK_N=keys, WINDOW=window or 0,
         SOFTCAP=softcap or 0.0, SPANS=plan.ahead is not None,
-        num_warps=4 if block_d <= 128 else 8, num_stages=3 if block_d <= 128 else 2,
+        num_warps=4 if block_d <= 128 else 8, num_stages=stages,
     )  # fmt: skip
     return out
 
