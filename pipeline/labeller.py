@@ -41,7 +41,9 @@ class Labeller:
         self.settings = settings
         self.checkpoint = Checkpoint.open(settings.model)
         self.family = family_for(self.checkpoint, settings.model)
-        self.tokenizer = Tokenizer(self.checkpoint, self.family.control)
+        self.tokenizer = Tokenizer(
+            self.checkpoint, self.family.control, self.family.template.spoken
+        )
         self.spool = Spool()
         self.loader = ImageLoader(settings.input)
         self.preparer = Preparer(

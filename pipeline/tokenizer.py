@@ -24,17 +24,20 @@ _CACHED_TEXTS = 512
 _CACHED_CHARS = 16_384  # longer texts are not kept
 
 
-def _is_control(token: str, control: Collection[str]) -> bool:
-    return token in control or _MARKER.fullmatch(token) is not None
-
-
 class Tokenizer:
     """Encodes template and row text; decodes answers."""
 
-    def __init__(self, checkpoint: Checkpoint, control: Collection[str] = ()) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, control: Collection[str] = (), spoken: Collection[str] = ()
+    ) -> None:
+        """`control` as in `protect`; `spoken` are added tokens that texts and answers may hold."""
         text = checkpoint.tokenizer_json
+        self._spoken = frozenset(spoken)
         try:
             self._spec = json.loads(text)
+            for entry in self._spec.get("added_tokens", ()):
+                entry["special"] = entry["special"] and entry["content"] not in self._spoken
+            text = json.dumps(self._spec) if self._spoken else text
             self._full = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
             where = f"the tokenizer of {checkpoint.folder}"
@@ -48,7 +51,7 @@ class Tokenizer:
     def protect(self, control: Collection[str]) -> None:
         """Never read `control` in a row's text, even where tokenizer.json calls it ordinary."""
         added = [
-            dict(entry, special=entry["special"] or _is_control(entry["content"], control))
+            dict(entry, special=entry["special"] or self._is_control(entry["content"], control))
             for entry in self._spec.get("added_tokens", ())
         ]
         if added == self._added:
@@ -64,6 +67,11 @@ class Tokenizer:
             self._continued.encode_special_tokens = True
             self.prefix = self._full.token_to_id("▁")
         self._cached.cache_clear()
+
+    def _is_control(self, token: str, control: Collection[str]) -> bool:
+        if token in self._spoken:
+            return False
+        return token in control or _MARKER.fullmatch(token) is not None
 
     @property
     def size(self) -> int:

@@ -23,4 +23,5 @@ TEMPLATE = Template(
     between_images="\n",
     strip=True,
     stop=("<｜end▁of▁sentence｜>",),
+    spoken=("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>"),
 )

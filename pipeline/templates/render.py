@@ -54,6 +54,7 @@ class Template:
     strip: bool = False  # contents lose outer blanks
     strip_each: bool = False  # each text of a turn loses outer blanks, the system text none
     stop: tuple[str, ...] = ()  # tokens that end an answer
+    spoken: tuple[str, ...] = ()  # tokens that are part of texts: rows and answers may hold them
     alternate: bool = False  # user and assistant turns must alternate
     system_with_images: bool = True
 

@@ -45,6 +45,7 @@ TURNS = {
     "image": (Turn("user", (0, "Describe this image.")),),
     "two images": (Turn("user", (0, 1, "Which one?")),),
     "three images": (Turn("user", ("a ", 0, "b ", 1, 2, " c")),),
+    "grounding": (Turn("user", (0, "<|grounding|>Where is <|ref|>the house<|/ref|>?")),),
     "between": (Turn("user", ("first ", 0, "then ", 1, " say why ")),),
     "turns": (
         Turn("user", (0, "  What is it?\n")),
@@ -76,13 +77,24 @@ def ids_of(folder: Path, turns: tuple[Turn, ...]) -> tuple[list[int], spec.Deeps
     family = family_of(folder)
     count = sum(isinstance(part, int) for turn in turns for part in turn.parts)
     layouts = [family.layout(64, 48, count)] * count
-    tokenizer = Tokenizer(Checkpoint.open(ModelSettings(id=str(folder))), family.control)
+    checkpoint = Checkpoint.open(ModelSettings(id=str(folder)))
+    tokenizer = Tokenizer(checkpoint, family.control, family.template.spoken)
     return family.tokenize(turns, layouts, tokenizer)[0].tolist(), family
 
 
 @pytest.mark.parametrize("name", TURNS)
 def test_ids_are_the_official_ones(folders: dict[str, Path], name: str) -> None:
     assert ids_of(folders["tiny"], TURNS[name])[0] == recording("deepseek_vl2").facts[name]
+
+
+def test_answers_keep_what_they_point_at(folders: dict[str, Path]) -> None:
+    family = family_of(folders["tiny"])
+    checkpoint = Checkpoint.open(ModelSettings(id=str(folders["tiny"])))
+    tokenizer = Tokenizer(checkpoint, family.control, family.template.spoken)
+    said = "<|ref|>house<|/ref|><|det|>[[1, 2]]<|/det|>"
+    assert tokenizer.encode(said)[0] == IDS["<|ref|>"]
+    assert tokenizer.decode([*tokenizer.encode(said), IDS["<｜end▁of▁sentence｜>"]]) == said
+    assert IDS["<|User|>"] not in tokenizer.encode("<|User|>: <image>")
 
 
 def test_ids_where_the_tokenizer_lacks_the_tokens(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ PROMPTS: dict[str, list[tuple[str, str]]] = {
     "image": [(USER, f"{IMAGE}\nDescribe this image.")],
     "two images": [(USER, f"{IMAGE}\n{IMAGE}\nWhich one?")],
     "three images": [(USER, f"a {IMAGE}\nb {IMAGE}\n{IMAGE}\n c")],
+    "grounding": [(USER, f"{IMAGE}\n<|grounding|>Where is <|ref|>the house<|/ref|>?")],
     "between": [(USER, f"first {IMAGE}\nthen {IMAGE}\n say why ")],
     "turns": [
         (USER, f"{IMAGE}\n  What is it?\n"),
