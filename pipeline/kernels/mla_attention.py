@@ -157,7 +157,7 @@ def _decode_triton(q: Tensor, cache: Tensor, plan: DecodePlan, scale: float, rop
         q, cache, plan.segments, part, stat, scale, splits, q.stride(0),
         NUM_HEADS=heads, ROPE=rope, RANK=rank, SEGMENTS=plan.segments.shape[1], ROWS=HEADS,
         BLOCK_R=max(16, next_power_of_2(rope)), BLOCK_L=max(16, next_power_of_2(rank)),
-        BLOCK=16 if q.element_size() > 2 else BLOCK_KV, num_warps=4, num_stages=2,
+        BLOCK=16 if q.element_size() > 2 else BLOCK_KV, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out if single else join_splits(part, stat, out)
 
