@@ -18,7 +18,7 @@ from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
 from pipeline.kernels.fp8 import quantize_rows, scaled_product
 from pipeline.kernels.swiglu import swiglu_reference
 
-CHUNK = 1024  # choices that the sorting program reads at once
+LONGEST_CHUNK = 4096  # choices that the sorting program reads at once
 
 
 @dataclass(slots=True)
@@ -92,9 +92,10 @@ def expert_blocks(chosen: Tensor, num_experts: int, size: int) -> ExpertBlocks:
     most = pairs // size + min(num_experts, pairs)
     order = torch.empty(pairs, dtype=torch.int32, device=flat.device)
     blocks = torch.full((most, 3), -1, dtype=torch.int32, device=flat.device)
+    chunk = min(LONGEST_CHUNK, max(64, next_power_of_2(pairs)))
     _sort_kernel[(num_experts,)](
-        flat, order, blocks, pairs, size, BINS=next_power_of_2(num_experts + 1), CHUNK=CHUNK,
-        num_warps=4,
+        flat, order, blocks, pairs, size, BINS=next_power_of_2(num_experts + 1), CHUNK=chunk,
+        num_warps=8 if chunk > 1024 else 4,
     )  # fmt: skip
     return ExpertBlocks(order, blocks, size)
 

@@ -12,7 +12,18 @@ import pytest
 EXPERTS = """
 import torch
 from pipeline.kernels import grouped_gemm as g
+def check_blocks(chosen, experts):
+    flat, size = chosen.flatten(), g.block_rows(chosen.numel(), experts)
+    sorting = g.expert_blocks(chosen, experts, size)
+    assert (sorting.order.long() == flat.argsort(stable=True)).all()
+    used = sorting.blocks[sorting.blocks[:, 0] >= 0]
+    rows = torch.cat([torch.arange(a, b) for _, a, b in used.tolist()])
+    assert (rows == torch.arange(len(flat))).all()
+    for expert, first, stop in used.tolist():
+        assert 0 < stop - first <= size
+        assert (flat[sorting.order[first:stop].long()] == expert).all()
 torch.manual_seed(0)
+check_blocks(torch.randint(0, 5, (3000, 3)), 5)  # more than are read at once
 cases = (37, 6, 2, 80, 48), (1, 8, 3, 64, 64), (40, 2, 2, 32, 40)
 for tokens, experts, top, hidden, inner in cases:
     x = torch.randn(tokens, hidden)
@@ -21,16 +32,7 @@ for tokens, experts, top, hidden, inner in cases:
     weights = torch.rand(tokens, top)
     gate_up = torch.randn(experts, 2 * inner, hidden) / hidden**0.5
     down = torch.randn(experts, hidden, inner) / inner**0.5
-    size = g.block_rows(tokens * top, experts)
-    sorting = g.expert_blocks(chosen, experts, size)
-    flat = chosen.flatten()
-    assert (sorting.order.long() == flat.argsort(stable=True)).all()
-    used = sorting.blocks[sorting.blocks[:, 0] >= 0]
-    rows = torch.cat([torch.arange(a, b) for _, a, b in used.tolist()])
-    assert (rows == torch.arange(len(flat))).all()
-    for expert, first, stop in used.tolist():
-        assert 0 < stop - first <= size
-        assert (flat[sorting.order[first:stop].long()] == expert).all()
+    check_blocks(chosen, experts)
     weighed = g.ExpertWeights(gate_up, down)
     found = g.routed_experts(x, chosen.int(), weights, weighed)
     expected = g.routed_experts_reference(x, chosen, weights, weighed)
