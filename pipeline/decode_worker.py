@@ -15,7 +15,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -47,15 +47,19 @@ class Task(NamedTuple):
     frames: Sequence[int] = ()  # of a video: which of its frames
     timeout_sec: float = 0.0
     num_samples: int = 0  # of a recording
+    views: Sequence[Sequence[Any]] = ()  # (height, width, filter) of each frame's pictures
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[height, width, 3] of an image, with frames before it of a video.
 
+        [frames, pixels, 3] of a video's views.
         [samples, 4] of a recording: the bytes of float32 values.
         """
         if self.num_samples:
             return self.num_samples, 4
+        if self.views:
+            return len(self.frames), sum(height * width for height, width, _ in self.views), 3
         size = self.out_height, self.out_width, 3
         return (len(self.frames), *size) if self.frames else size
 
@@ -81,9 +85,19 @@ def decode_into(out: np.ndarray, task: Task, max_pixels: int) -> None:
     for place, number in enumerate(task.frames):
         places.setdefault(number, []).append(place)
     for number, pixels in read_frames(data, task.frames, limits):
-        frame = np.asarray(_sized(Image.fromarray(pixels), task))
+        frame = _sized(Image.fromarray(pixels), task)
+        made = _rendered(frame, task.views) if task.views else np.asarray(frame)
         for place in places[number]:
-            np.copyto(out[place], frame)
+            np.copyto(out[place], made)
+
+
+def _rendered(frame: Image.Image, views: Sequence[Sequence[Any]]) -> np.ndarray:
+    """The pixels of a frame's views, one after the other."""
+    made = [
+        np.asarray(frame.resize((width, height), Image.Resampling[filter.upper()]))
+        for height, width, filter in views
+    ]
+    return np.concatenate([pixels.reshape(-1, 3) for pixels in made])
 
 
 def _sized(image: Image.Image, task: Task) -> Image.Image:

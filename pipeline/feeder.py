@@ -41,8 +41,9 @@ END: Any = _End()
 class Fed:
     """An item with its images [H, W, 3] uint8, or the error of each, in `item.images` order.
 
-    A video's frames are [F, H, W, 3], of its layout's size already unless it has views. A
-    recording is [samples, 4], the bytes of float32 values.
+    A video's frames are [F, H, W, 3], of its layout's size already unless it has views,
+    and plain views are [F, pixels of all views, 3]. A recording is [samples, 4], the bytes of
+    float32 values.
 
     The arrays lie in shared memory and are dead after `release`, which may be called twice.
     """
@@ -140,6 +141,7 @@ class Feeder:
             memory_size=room.block.size if room else 0,
             place=place,
             frames=layout.clip.frames if layout.clip else (),
+            views=layout.packed,
             num_samples=layout.sound.num_samples if layout.sound else 0,
             timeout_sec=self.video_timeout_sec,
         )

@@ -129,6 +129,18 @@ class ImageLayout:
     num_padding_states: int = 0  # more of them, which only tokens before the image read
 
     @property
+    def packed(self) -> tuple[tuple[int, int, str], ...]:
+        """(height, width, filter) of a video's views where all of them are plain resizes.
+
+        Workers make these, so that a frame takes no more memory than its views do: its pixels
+        are [frames, pixels of all views, 3].
+        """
+        plain = all(v.box is None and v.resized == (v.height, v.width) for v in self.views)
+        if self.clip is None or not plain:
+            return ()
+        return tuple((view.height, view.width, view.filter) for view in self.views)
+
+    @property
     def state_cost(self) -> int:
         """Tokens whose prefill costs about what the image's states cost; for budgets."""
         return (self.num_states + self.num_padding_states) // STATES_PER_TOKEN

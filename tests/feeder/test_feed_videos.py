@@ -95,8 +95,24 @@ def test_frames_come_in_the_layouts_size(spool: Spool, workers: int, resize: boo
     assert picture.shape == ((28, 56, 3) if resize else (48, 64, 3))
 
 
-def test_views_get_the_frames_as_they_are(spool: Spool) -> None:
-    items = [group(0, clip(spool, video(12, 10), views=(View(10, 10, (10, 10)),)))]
+def test_plain_views_are_made_by_the_worker(spool: Spool) -> None:
+    data = video(12, 10)
+    views = (View(10, 14, (10, 14)), View(96, 64, (96, 64), filter="lanczos"))
+    with Feeder(1, BYTES, PIXELS, resize=False) as feeder:
+        ((packed,),) = feed(feeder, [group(0, clip(spool, data, views=views))])
+    assert packed.shape == (4, 10 * 14 + 96 * 64, 3)
+    frames = dict(read_frames(data, FRAMES, Limits(PIXELS, 99.0, 9.0)))
+    for number, made in zip(FRAMES, packed, strict=True):
+        picture = Image.fromarray(frames[number])
+        small = np.asarray(picture.resize((14, 10), Image.Resampling.BICUBIC))
+        large = np.asarray(picture.resize((64, 96), Image.Resampling.LANCZOS))
+        assert np.array_equal(made[:140].reshape(10, 14, 3), small)
+        assert np.array_equal(made[140:].reshape(96, 64, 3), large)
+
+
+def test_other_views_get_the_frames_as_they_are(spool: Spool) -> None:
+    views = (View(10, 10, (10, 10), box=(0, 0, 9, 9)),)
+    items = [group(0, clip(spool, video(12, 10), views=views))]
     with Feeder(1, BYTES, PIXELS, resize=True) as feeder:
         ((frames,),) = feed(feeder, items)
     assert frames.shape == (4, 48, 64, 3)

@@ -41,7 +41,7 @@ def test_features_equal_the_cpus(name: str, tmp_path: Path) -> None:
     folder = MAKERS[name](tmp_path / "model")
     cpu, gpu = _load(folder, "cpu"), _load(folder, "cuda")
     family: Any = cpu.family
-    size = (640, 300) if name == "minicpm" else (190, 130)  # two slices a frame
+    size = (760, 400) if name == "minicpm" else (190, 130)  # two slices a frame
     layouts = [
         family.video_layout(VideoInfo(*size, 50, 10.0), VideoSettings(num_frames=4)),
         family.layout(*size, 2),

@@ -12,16 +12,20 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.labeller import Labeller
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.minicpm import spec
-from pipeline.rows import Turn, VideoInfo
-from pipeline.settings import ModelSettings, VideoSettings
+from pipeline.models.vision.views import render_views
+from pipeline.rows import ImageRef, Row, ShardWork, Turn, VideoInfo
+from pipeline.settings import LabelSettings, ModelSettings, VideoSettings
 from pipeline.tokenizer import Tokenizer
 from tests.helpers.minicpm_checkpoint import write_minicpm_v
 from tests.helpers.parity import open_ours, random_image
+from tests.helpers.pictures import jpeg
+from tests.helpers.videos import video
 
-SIZES = [(40, 30), (640, 300), (300, 640)]
+SIZES = [(40, 30), (760, 400), (400, 760)]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,7 @@ def test_a_video_is_its_frames(
     pixels = np.stack([random_image(width, height, seed) for seed in range(3)])
     (block,) = [ours.encode_images([torch.from_numpy(pixels)], [layout])]
     assert len(block) == layout.num_tokens
+    assert len(layout.views) == (0 if width < 100 else 2)
     each = ours.encode_images([torch.from_numpy(p) for p in pixels], [image] * 3)
     own = np.concatenate([np.arange(image.num_tokens) + at - starts[0] for at in places])
     torch.testing.assert_close(block[torch.from_numpy(own)], each, rtol=1e-4, atol=1e-5)
@@ -107,3 +112,38 @@ def test_fewer_pixels_are_no_slices(ours: Model) -> None:
     assert len(sliced.views) == 2
     assert not whole.views
     assert sliced.num_tokens > whole.num_tokens
+
+
+@torch.inference_mode()
+def test_pictures_that_workers_made(ours: Model) -> None:
+    family: Any = ours.family
+    layout = family.video_layout(VideoInfo(760, 400, 30, 10.0), VideoSettings(num_frames=3))
+    frames = torch.from_numpy(np.stack([random_image(760, 400, seed) for seed in range(3)]))
+    made = [
+        torch.cat([view.reshape(-1, 3) for view in render_views(frame, layout)]) for frame in frames
+    ]
+    assert sum(height * width for height, width, _ in layout.packed) == len(made[0])
+    whole = ours.encode_images([frames], [layout])
+    torch.testing.assert_close(ours.encode_images([torch.stack(made)], [layout]), whole)
+
+
+def test_rows_run(folder: Path) -> None:
+    """Images and videos of a row through the engine, frames with slices."""
+    settings = LabelSettings(
+        model={"id": str(folder)},
+        input={"path": "x", "image": "image", "video": "video"},
+        video={"num_frames": 2},
+        prompts={"a": "What?", "b": "Why?"},
+        generation={"max_new_tokens": 4, "ignore_eos": True},
+    )  # type: ignore[arg-type]
+    made = (video(8, 4, 760, 400), video(3, 4))
+    clips = tuple(ImageRef(data=data, kind="video") for data in made)
+    image = ImageRef(data=jpeg(64, 48))
+    rows = [Row("r0", 0, {}, (image,), videos=clips[:1]), Row("r1", 1, {}, (image,), videos=clips)]
+    labeller = Labeller(settings)
+    try:
+        answers = list(labeller.label([ShardWork("s", rows)]))
+    finally:
+        labeller.close()
+    assert [answer.error for answer in answers] == [None] * 4
+    assert all(answer.num_output_tokens == 4 for answer in answers)

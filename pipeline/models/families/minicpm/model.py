@@ -107,12 +107,20 @@ class MiniCPM(Model):
 
 
 def _views(image: Tensor, layout: ImageLayout) -> list[Tensor]:
-    """The pictures of an image, or of a video's frames one after the other."""
+    """The pictures of an image, or of a video's frames one after the other.
+
+    Workers hand a video's pictures over made; in tests they may be whole frames still.
+    """
     if layout.clip is None:
         return render_views(image, layout)
     if not layout.views:
         return list(resize_frames(image, layout))
-    return [view for frame in image for view in render_views(frame, layout)]
+    if image.dim() == 4:
+        return [view for frame in image for view in render_views(frame, layout)]
+    sizes = [(height, width) for height, width, _ in layout.packed]
+    parts = image.split([height * width for height, width in sizes], 1)
+    shaped = [part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True)]
+    return [view[number] for number in range(len(image)) for view in shaped]
 
 
 def build(checkpoint: Checkpoint, family: spec.MiniCPM, weights: Weights) -> MiniCPM:
