@@ -215,3 +215,21 @@ def test_new_settings_answer_beside_the_old(job: JobFolder, tmp_path: Path) -> N
     assert len(rows) == 20
     assert all(row["caption"] != row["caption_v2"] for row in rows)
     assert all(row["ocr"] == row["ocr_v2"] for row in rows)
+
+
+def test_an_input_replaced_under_way_ends_the_run(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job", 40, rows_per_shard=10)
+    file = job.folder / "input/part-1.parquet"
+    kept = file.read_bytes()
+    process = job.start_run(env={"FAKE_DELAY_SEC": "0.05"})
+    job.wait_for("journal/*")
+    make_input(tmp_path / "other.parquet", 20, "other")
+    (tmp_path / "other.parquet").replace(file)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "was changed while the job ran" in told
+    assert "Traceback" not in told
+    file.write_bytes(kept)
+    assert job.run().returncode == 0
+    assert not [row for row in job.content() if row["row_id"].startswith("other")]
+    assert job.call("verify", str(job.out)).returncode == 0
