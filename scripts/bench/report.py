@@ -109,12 +109,27 @@ def _notes() -> list[str]:
         notes.append(f"As on a 24 GB card: {_rate(row)} captions a second.")
     if row := on_gpu("caption", model="random 3b"):
         notes.append(f"3B shapes: {_rate(row)} captions a second.")
+    notes += _fp8_notes()
     if row := latest("feeder"):
         notes.append(
-            f"The host alone decodes and hands over {row['images_per_s']:.0f} images a second on "
-            f"two cores, {row['images_per_s_on_16_cores']} extrapolated to 16."
+            f"The host alone decodes and hands over {row['images_per_s']:.0f} images a second "
+            f"(1024×768) with {row['workers']} decoding processes on {row['cores']} cores, "
+            f"{row['worker_ms_an_image']:.1f} ms of a core an image."
         )
     return [f"- {note}" for note in notes]
+
+
+def _fp8_notes() -> list[str]:
+    row = latest("fp8", model="demo")
+    if row is None:
+        return []
+    before, after = (sum(pair[i] for pair in row["accuracy"].values()) for i in (0, 1))
+    points = 100 * (before - after) / len(row["accuracy"])
+    return [
+        f"fp8 on the model that ships: logits off by {row['logit_error']:.1%}, "
+        f"{row['same_text']:.1%} of the answers letter for letter the same, "
+        f"{points:.1f} points of right answers lost."
+    ]
 
 
 def _rate(row: Row | None) -> str:
