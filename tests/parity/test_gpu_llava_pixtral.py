@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.kernels.backend import set_invariant
 from pipeline.models.base import DenseAttend, Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.llava import tiles
@@ -84,6 +85,22 @@ def test_images_are_encoded_without_waiting(kind: str, tmp_path: Path) -> None:
     again = model.encode_images(images, layouts)
     torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_an_images_bits_do_not_depend_on_its_batch(kind: str, tmp_path: Path) -> None:
+    """Under `engine.deterministic`; the decoder's are the engine's tests'."""
+    model = _load(_write(tmp_path / kind, kind), "cuda", torch.bfloat16)
+    images = [torch.from_numpy(random_image(*size)).cuda() for size in SIZES]
+    layouts = [model.family.layout(*size) for size in SIZES]
+    set_invariant(True)
+    try:
+        together = model.encode_images(images, layouts)
+        alone = [model.encode_images([i], [x]) for i, x in zip(images, layouts, strict=True)]
+    finally:
+        set_invariant(False)
+    assert torch.equal(together, torch.cat(alone))
 
 
 VIEWS: list[View] = [

@@ -44,7 +44,7 @@ RENAME = (
 )
 # The tower's own checkpoint, where it is not part of the model's.
 STOCK_RENAME = ((r"^vision_model\.", "vision_tower."),)
-MAX_TILES = 64  # that the tower takes at once
+MAX_TILES = 32  # that the tower takes at once
 Tower = ClipTower | SiglipTower
 
 
