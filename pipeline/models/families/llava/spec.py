@@ -1,7 +1,8 @@
 """LLaVA 1.5 and 1.6 on Vicuna, Mistral and Yi: detection, templates, image layout, prompt tokens.
 
-The base of the other rows (`next.py`, `onevision.py`). The weights' side stands in `model.py`.
-Imports no torch.
+The base of the other rows (`next.py`, `onevision.py`). Transformers' copy of a checkpoint gets the
+original's prompt, so that both answer alike; its pictures are made as its own processor's settings
+say. The weights' side stands in `model.py`. Imports no torch.
 """
 
 from __future__ import annotations
