@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 from pipeline.engine.cross_cache import CrossCache
-from pipeline.errors import RowError, UserError
+from pipeline.errors import RowError
 from pipeline.models.base import DenseAttend, Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.mllama import spec
@@ -26,7 +24,6 @@ from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import PIXELS, TEXTS, Bench, outputs, questions
 from tests.engine.test_out_of_memory import failing
 from tests.engine.test_parity import ARRANGEMENTS
-from tests.helpers.label_run import label_run, start_run
 from tests.helpers.mllama_checkpoint import IDS, LAYERS, LENGTH, SIDE, TILES, write_mllama
 from tests.helpers.parity import (
     Part,
@@ -367,45 +364,3 @@ def test_a_repetition_penalty_knows_the_image_token(folders: dict[str, Path]) ->
     bench = Bench.open(folders["original"])
     requests = questions(bench, rows=2, repetition_penalty=1.3)
     assert all(c.error is None for c in bench.run(requests).values())
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("vision_model.gated_positional_embedding.gate", None),
-        ("language_model.model.layers.1.cross_attn.q_norm.weight", (7,)),
-        ("language_model.model.layers.1.self_attn.q_proj.weight", (2, 2)),
-    ],
-)
-def test_a_wrong_tensor_is_named(
-    folders: dict[str, Path], tmp_path: Path, name: str, change: tuple[int, ...] | None
-) -> None:
-    for file in folders["original"].glob("*.json"):
-        (tmp_path / file.name).write_text(file.read_text())
-    tensors = load_file(folders["original"] / "model.safetensors")
-    if change is None:
-        del tensors[name]
-    else:
-        tensors[name] = np.zeros(change, np.float32)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=name.partition("layers.")[2] or "embedding.gate"):
-        open_ours(tmp_path, spec.build)
-
-
-def test_detection(folders: dict[str, Path]) -> None:
-    config = json.loads((folders["original"] / "config.json").read_text())
-    assert spec.matches(config)
-    assert spec.matches({k: v for k, v in config.items() if k != "architectures"})
-    assert not spec.matches(config | {"architectures": ["MllamaForCausalLM"]})
-    assert family_of(folders["original"], chat_template="llama_3_vision").name == "mllama"
-    with pytest.raises(UserError, match="llama_3_vision"):
-        family_of(folders["original"], chat_template="qwen2-vl")
-
-
-def test_run(folders: dict[str, Path], tmp_path: Path) -> None:
-    sizes = [(64, 48), (30, 90), (112, 112)]
-    rows = label_run(folders["original"], tmp_path, sizes, "llama_3_vision")
-    assert all(row["status"] == "ok" for row in rows)
-    refused = start_run(folders["original"], tmp_path, [(64, 48)], "vicuna_v1.1")
-    assert refused.returncode == 2
-    assert "llama_3_vision" in refused.stderr

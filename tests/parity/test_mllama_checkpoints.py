@@ -1,0 +1,73 @@
+"""Llama 3.2 Vision's checkpoints: found out, refused where they do not fit, run by the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pipeline.errors import UserError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.families.mllama import spec
+from pipeline.models.family import Family
+from pipeline.models.registry import family_for
+from pipeline.settings import ModelSettings
+from tests.helpers.label_run import label_run, start_run
+from tests.helpers.mllama_checkpoint import write_mllama
+from tests.helpers.parity import open_ours
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mllama(tmp_path_factory.mktemp("mllama") / "original")
+
+
+def family_of(folder: Path, **options: Any) -> Family:
+    settings = ModelSettings(id=str(folder), **options)
+    return family_for(Checkpoint.open(settings), settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("vision_model.gated_positional_embedding.gate", None),
+        ("language_model.model.layers.1.cross_attn.q_norm.weight", (7,)),
+        ("language_model.model.layers.1.self_attn.q_proj.weight", (2, 2)),
+    ],
+)
+def test_a_wrong_tensor_is_named(
+    folder: Path, tmp_path: Path, name: str, change: tuple[int, ...] | None
+) -> None:
+    for file in folder.glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    tensors = load_file(folder / "model.safetensors")
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = np.zeros(change, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=name.partition("layers.")[2] or "embedding.gate"):
+        open_ours(tmp_path, spec.build)
+
+
+def test_detection(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert spec.matches(config)
+    assert spec.matches({k: v for k, v in config.items() if k != "architectures"})
+    assert not spec.matches(config | {"architectures": ["MllamaForCausalLM"]})
+    assert family_of(folder, chat_template="llama_3_vision").name == "mllama"
+    with pytest.raises(UserError, match="llama_3_vision"):
+        family_of(folder, chat_template="qwen2-vl")
+
+
+def test_run(folder: Path, tmp_path: Path) -> None:
+    sizes = [(64, 48), (30, 90), (112, 112)]
+    rows = label_run(folder, tmp_path, sizes, "llama_3_vision")
+    assert all(row["status"] == "ok" for row in rows)
+    refused = start_run(folder, tmp_path, [(64, 48)], "vicuna_v1.1")
+    assert refused.returncode == 2
+    assert "llama_3_vision" in refused.stderr
