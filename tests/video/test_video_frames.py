@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import av
@@ -54,6 +55,18 @@ def test_frames_are_those_asked_for(kind: str) -> None:
         found = list(read_frames(data, wanted, LIMITS))
         assert [number for number, _ in found] == sorted(set(wanted))
         assert all(np.array_equal(frame, whole[number]) for number, frame in found)
+
+
+@pytest.mark.parametrize("kind", ["mp4 with H.264", "mp4 with MPEG-4", "avi", "webm with VP9"])
+def test_pixels_are_those_of_transformers_reader(kind: str, tmp_path: Path) -> None:
+    from transformers.video_utils import read_video_pyav
+
+    data = video(30, 10, **KINDS[kind])
+    path = tmp_path / "clip"
+    path.write_bytes(data)
+    theirs, _ = read_video_pyav(str(path), lambda metadata: np.array(SPARSE))
+    ours = [frame for _, frame in read_frames(data, SPARSE, LIMITS)]
+    assert np.array_equal(np.stack(ours), theirs)
 
 
 def test_frames_far_apart_are_sought_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
