@@ -21,7 +21,7 @@ from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.sampler import GREEDY, SamplerMode, sample
 from pipeline.engine.sequence import Sequence
 from pipeline.engine.slots import MAX_SEGMENTS, Slots, to_device
-from pipeline.kernels.backend import invariant
+from pipeline.kernels.backend import invariant, use_triton
 from pipeline.kernels.cascade_attention import SharedReads, cascade_attention, lanes_per_item
 from pipeline.kernels.decode_attention import (
     DecodePlan,
@@ -115,18 +115,18 @@ class Decoder:
         """
         device = self.model.device
         lanes = [s.lane for s in sequences]
-        if device.type != "cuda":
-            return self._run(torch.tensor(lanes, dtype=torch.int64), mode, longest)
-        size = next(s for s in self.sizes if s >= len(lanes))
+        size = len(lanes)
+        if device.type == "cuda":
+            size = next(s for s in self.sizes if s >= len(lanes))
         # NOTE: the spare lane is always idle; a step may serve it any number of times.
         table = torch.tensor(lanes + [self.slots.spare] * (size - len(lanes)), dtype=torch.int64)
         shared = self._shared(sequences)
         if not self.graphs:
-            reads = self._reads(size)
+            reads = None
             if shared is not None:
+                reads = self._reads(size)
                 _fill(reads, shared)
-            rows = to_device(table, device)
-            return self._run(rows, mode, longest, reads if shared is not None else None)
+            return self._run(to_device(table, device), mode, longest, reads)
         key = size, mode, shared is not None
         if key not in self._captured:
             self._captured[key] = self._capture(*key)
@@ -158,7 +158,7 @@ class Decoder:
         """Lanes that read a shared range together; 0 where lanes must read alone."""
         c = self.model.decoder.config
         plain = c.mla is None and not any(c.windows) and self.cross is None
-        if not plain or invariant() or self.model.device.type != "cuda":
+        if not plain or invariant() or not use_triton(self.model.embedding):
             return 0
         return lanes_per_item(c.num_heads, c.num_kv_heads)
 
@@ -208,12 +208,13 @@ class Decoder:
 
 def _fill(reads: SharedReads, table: SharedTable) -> None:
     """Copy a table to the device; what it does not fill is idle."""
-    items = torch.zeros(reads.items.shape, dtype=torch.int32, pin_memory=True)
-    taken = torch.zeros(reads.taken.shape, dtype=torch.bool, pin_memory=True)
+    device = reads.items.device
+    items = torch.zeros(reads.items.shape, dtype=torch.int32)
+    taken = torch.zeros(reads.taken.shape, dtype=torch.bool)
     items[: len(table.items)] = torch.from_numpy(table.items)
     taken[: len(table.taken)] = torch.from_numpy(table.taken)
-    reads.items.copy_(items, non_blocking=True)
-    reads.taken.copy_(taken, non_blocking=True)
+    reads.items.copy_(to_device(items, device))
+    reads.taken.copy_(to_device(taken, device))
 
 
 def graph_sizes(num_slots: int) -> list[int]:

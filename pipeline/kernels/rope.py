@@ -154,6 +154,7 @@ def _rope_and_cache_triton(
     num_heads: int,
 ) -> Tensor:
     num_kv_heads, _, dim = k_cache.shape
+    cos, sin = cos.contiguous(), sin.contiguous()
     q = torch.empty(len(qkv), num_heads, dim, dtype=qkv.dtype, device=qkv.device)
     if len(qkv):
         half = cos.shape[-1]

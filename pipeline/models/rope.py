@@ -155,6 +155,6 @@ class Rope:
         if positions.shape[0] == 1 or not self.config.sections:
             angles = positions[0, :, None].float() * self.inv_freq
         else:
-            angles = positions.index_select(0, self.axes).float().T * self.inv_freq
+            angles = positions.index_select(0, self.axes).T.contiguous().float() * self.inv_freq
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if self.size == 1.0 else (cos * self.size, sin * self.size)
