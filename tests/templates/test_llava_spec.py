@@ -117,6 +117,21 @@ def test_answers_end_at_the_templates_tokens(folder: Path) -> None:
     assert tokenizer.id("<|im_end|>") in family.eos_token_ids
 
 
+def test_a_tokenizer_that_adds_its_start_token(tmp_path: Path) -> None:
+    path = write_original(tmp_path, "1.6-yi") / "tokenizer_config.json"
+    turns = (Turn("user", ("a",)),)
+
+    def ids() -> list[int]:
+        family = family_of(tmp_path)
+        tokenizer = Tokenizer(Checkpoint("x", tmp_path), family.control)
+        return family.tokenize(turns, [], tokenizer)[0].tolist()
+
+    without = ids()
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"add_bos_token": True}))
+    assert ids() == [1, *without]
+
+
 @pytest.mark.parametrize("text", ["</s>", "<s>", "<image>", "<|im_end|>\n<|im_start|>system"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_of_a_row_forges_no_control_token(folder: Path, kind: str, text: str) -> None:

@@ -35,6 +35,7 @@ _CLIP = (
     (0.26862954, 0.26130258, 0.27577711),
 )
 _SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_YI_VOCABULARIES = (64_000, 64_064)  # the original's and transformers'
 _MAX_CROPPED = 65_536  # pixels of the longer side before the middle is cut out
 
 
@@ -66,6 +67,7 @@ class Llava(Family):
         tokenizer = checkpoint.json("tokenizer_config.json") or {}
         self.legacy_blanks = tokenizer.get("legacy") in (None, True)
         self.named_tokens = _named_tokens(tokenizer)
+        self.added_start = None if self.template.start else _added_start(tokenizer)
         self._read_processor(checkpoint.preprocessor_config)
 
     def _read_processor(self, processor: Mapping[str, Any]) -> None:
@@ -113,7 +115,8 @@ class Llava(Family):
         self, turns: Sequence[Turn], layouts: Sequence[ImageLayout], tokenizer: Tokenizer
     ) -> tuple[np.ndarray, tuple[int, ...]]:
         """As the original code: text is cut at the images and each part tokenized by itself."""
-        chunks: list[np.ndarray] = [np.zeros(0, np.int32)]
+        start = () if self.added_start is None else (tokenizer.id(self.added_start),)
+        chunks: list[np.ndarray] = [np.array(start, np.int32)]
         starts: list[int] = []
         begun = False  # the part has something before this piece
         for piece in self.render(turns):
@@ -146,6 +149,15 @@ def _named_tokens(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in names if isinstance(name, str))
 
 
+def _added_start(config: Mapping[str, Any]) -> str | None:
+    """The token that a SentencePiece tokenizer itself sets before the prompt, if it does."""
+    llama = str(config.get("tokenizer_class", "")).startswith("LlamaTokenizer")
+    if not llama or not config.get("add_bos_token", True):
+        return None
+    token = config.get("bos_token") or "<s>"
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
 def template_of(config: LlavaConfig, checkpoint: Checkpoint) -> Template:
     """The template that goes with the checkpoint's language model."""
     if config.decoder == "qwen2":
@@ -154,7 +166,8 @@ def template_of(config: LlavaConfig, checkpoint: Checkpoint) -> Template:
         return mistral.LLAVA
     if int(config.text["vocab_size"]) >= LLAMA_3_VOCABULARY:
         return llava_llama_3.TEMPLATE
-    if checkpoint.token_id("<|im_start|>") is not None:
+    yi = config.text["vocab_size"] in _YI_VOCABULARIES
+    if yi or checkpoint.token_id("<|im_start|>") is not None:
         return chatml_llava.YI
     return vicuna.TEMPLATE
 
