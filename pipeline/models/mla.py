@@ -98,9 +98,11 @@ class MlaOutput:
     out: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        heads, rank, _ = self.values.shape
+        heads, rank, value = self.values.shape
         latent = x.view(len(x), heads, rank).transpose(0, 1)
-        return self.out(torch.bmm(latent, self.values).transpose(0, 1).flatten(1))
+        wide = x.new_empty(len(x), heads, value)
+        torch.bmm(latent, self.values, out=wide.transpose(0, 1))
+        return self.out(wide.flatten(1))
 
     def quantize(self) -> None:
         quantize_block(self, {})

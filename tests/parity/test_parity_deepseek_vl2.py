@@ -196,6 +196,23 @@ def test_arrangements_give_the_same_tokens(
     assert outputs(other.run(questions(other))) == outputs(plain.run(questions(plain)))
 
 
+def test_one_picture_alone_and_among_three(folders: dict[str, Path]) -> None:
+    """Tiles depend on how many pictures a conversation has, so the two must share nothing."""
+    found = []
+    for share in (True, False):
+        bench = Bench.open(folders["small"], share_images=share, share_prefix=share)
+        one, *others = (random_image(90, 60, seed) for seed in range(3))
+        requests = [
+            bench.request(row, "Describe this.", pictures, f"p{number}")
+            for row in range(3)
+            for number, pictures in enumerate(([one], [one, *others], [one, others[0]]))
+        ]
+        assert requests[0].images[0].layout != requests[1].images[0].layout
+        assert requests[0].images[0].layout == requests[2].images[0].layout
+        found.append(outputs(bench.run(requests)))
+    assert found[0] == found[1]
+
+
 def test_the_cache_holds_one_row_a_token(folders: dict[str, Path]) -> None:
     cache = Bench.open(folders["base"]).engine().cache
     assert cache.data.shape[1:3] == (1, 1)
