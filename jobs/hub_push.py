@@ -74,7 +74,7 @@ class HubPush:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         names = [path.relative_to(folder).as_posix() for path in files]
         self._ask(lambda: self._api.create_repo(**self._where, private=private, exist_ok=True))
-        if self.target.branch is not None:
+        if self.target.branch not in (None, "main"):
             where = self._where | {"branch": self.target.branch}
             self._ask(lambda: self._api.create_branch(**where, exist_ok=True))
         where = self._where | {"revision": self.target.branch}
