@@ -127,6 +127,8 @@ def run_labeller(
     options = overrides(args, "model")
     engine = {"device": device} | overrides(args, "engine")
     chosen = measure.settings(model, loads, engine, options)
+    if args.memory_limit and device.startswith("cuda"):
+        measure.cap_memory(args.memory_limit)
     found = measure.measure(chosen, loads[0], loads[1:])
     row = summary.row(found, device)
     return row | summary.of_the_limit(found, model, device, options, args.roofline)

@@ -270,6 +270,9 @@ class Engine:
         self._push(list(enumerate(sequences)), result)
         self.stats.num_steps += 1
         self.stats.num_lane_steps += self.slots.num_slots
+        if self.scheduler.waiting:
+            self.stats.num_busy_steps += 1
+            self.stats.num_busy_lane_steps += len(sequences)
 
     def _shrink(self) -> None:
         """A step did not fit: it is run again, then without graphs; then the last row fails."""

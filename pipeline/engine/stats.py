@@ -29,6 +29,8 @@ class EngineStats:
     num_images: int = 0
     num_steps: int = 0
     num_lane_steps: int = 0  # steps x lanes offered
+    num_busy_steps: int = 0  # steps that were run while more work waited
+    num_busy_lane_steps: int = 0  # lanes that ran in those
     num_output_tokens: int = 0
     num_out_of_memory: int = 0
 

@@ -24,6 +24,7 @@ from scripts.bench import workloads
 from scripts.bench.limits import Peaks, Shapes, Work, work, work_of_sizes
 from scripts.bench.workloads import Workload
 
+BUSY = ("steps", "lane_steps", "busy_steps", "busy_lane_steps")
 RATIOS = ("_share", "_occupancy")  # of the labeller's counters: not to be subtracted
 
 
@@ -61,6 +62,15 @@ class Repetition:
         """Of all slots in all steps: those that made a token."""
         steps = self.stats.get("engine.num_lane_steps", 0)
         return self.stats.get("engine.num_output_tokens", 0) / steps if steps else 0.0
+
+    @property
+    def busy_occupancy(self) -> float | None:
+        """The same in the steps that were run while more work waited; None if there were none."""
+        count = {key: self.stats.get(f"engine.num_{key}", 0) for key in BUSY}
+        if not count["busy_steps"]:
+            return None
+        slots = count["lane_steps"] / count["steps"]
+        return count["busy_lane_steps"] / count["busy_steps"] / slots
 
     @property
     def num_cached_tokens(self) -> int:
@@ -162,6 +172,17 @@ def flat(stats: dict[str, Any], start: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[start + key] = value
     return found
+
+
+def cap_memory(gigabytes: float) -> None:
+    """Let torch fail beyond this much, so that a smaller card is not only pretended.
+
+    The context, which torch does not count, takes half a gigabyte of it.
+    """
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gigabytes - 0.5) * 1e9 / total))
 
 
 def _reset_peak(labeller: Any) -> None:

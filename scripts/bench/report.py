@@ -107,16 +107,32 @@ def _notes() -> list[str]:
         )
     if row := latest("caption/24gb"):
         notes.append(f"As on a 24 GB card: {_rate(row)} captions a second.")
+    if row := latest("mixed/steady"):
+        notes.append(
+            f"Lanes are {row['slot_occupancy_while_work_waits']:.1%} full while work waits, "
+            f"padding is {row['padding_share']:.1%} (mixed, {row['rows']} rows, 256 lanes)."
+        )
+    notes += _deterministic_notes()
     if row := on_gpu("caption", model="random 3b"):
         notes.append(f"3B shapes: {_rate(row)} captions a second.")
     notes += _fp8_notes()
     if row := latest("feeder"):
         notes.append(
             f"The host alone decodes and hands over {row['images_per_s']:.0f} images a second "
-            f"(1024×768) with {row['workers']} decoding processes on {row['cores']} cores, "
+            f"(1024×768) with {row['workers']} decoding on {row['cores']} cores, "
             f"{row['worker_ms_an_image']:.1f} ms of a core an image."
         )
     return [f"- {note}" for note in notes]
+
+
+def _deterministic_notes() -> list[str]:
+    notes = []
+    for work in ("caption", "mixed"):
+        row, plain = latest("deterministic", work=work), on_gpu(work)
+        if row and plain:
+            kept = row["rows_per_s"]["p50"] / plain["rows_per_s"]["p50"]
+            notes.append(f"`engine.deterministic: true` keeps {kept:.0%} of the rate of {work}.")
+    return notes
 
 
 def _fp8_notes() -> list[str]:

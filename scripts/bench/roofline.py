@@ -65,8 +65,11 @@ def lines(found: dict[str, Any], rep: Repetition) -> list[str]:
     worst = found["largest_loss"]
     share = worst["seconds"] / found["took_s"]
     out.append(f"Largest loss: {worst['stage']}, {worst['seconds']:.3f} s, {share:.1%} of the run.")
+    busy = rep.busy_occupancy
+    waiting = f" ({busy:.1%} while work waited)" if busy is not None else ""
     out.append(
-        f"Padding {rep.padding_share:.1%}, lanes full {rep.slot_occupancy:.1%}, waiting for images "
+        f"Padding {rep.padding_share:.1%}, lanes full {rep.slot_occupancy:.1%}{waiting}, "
+        "waiting for images "
         f"{found['stages']['feed_wait']['took_s'] / found['took_s']:.1%}."
     )
     return out

@@ -26,6 +26,7 @@ def row(found: measure.Measurement, device: str) -> dict[str, Any]:
         "cached_share": round(last.num_cached_tokens / max(1, last.num_prompt_tokens), 4),
         "padding_share": round(last.padding_share, 4),
         "slot_occupancy": round(last.slot_occupancy, 4),
+        "slot_occupancy_while_work_waits": last.busy_occupancy and round(last.busy_occupancy, 4),
         "failed": sum(rep.num_failed for rep in reps),
         "prompt_tokens": last.num_prompt_tokens,
         "output_tokens": last.num_output_tokens,

@@ -57,6 +57,12 @@ families() { # published sizes of other families, one folder at a time; FAMILIES
 card24() { # as on a card of 24 GB; the weights take 16.6 of them
   bench card24.jsonl --shape 7b --work caption:2 --memory-limit 24 --name caption/24gb
 }
+steady() { # many more rows than lanes: how full they are while work waits
+  bench steady.jsonl --shape 7b --work mixed:1 --rows 2048 --roofline --set engine.decode_slots=256 --name mixed/steady
+}
+deterministic() { # what the same bits in every batch cost
+  bench deterministic.jsonl --shape 7b --work caption:2,mixed:2 --set engine.deterministic=true --name deterministic
+}
 plain() { # what the recorded step and the overlap bring
   bench plain.jsonl --shape 7b --work caption:1 --set engine.overlap=false --name caption/plain-loop
 }

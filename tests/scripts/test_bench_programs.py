@@ -27,8 +27,10 @@ def _run(*arguments: str) -> dict[str, Any]:
 
 
 def test_stages_of_a_workload() -> None:
-    row = _run("scripts/bench.py", "--work", "vqa:1", "--rows", "8", "--roofline")
+    lanes = ("--set", "engine.decode_slots=4")
+    row = _run("scripts/bench.py", "--work", "vqa:1", "--rows", "16", "--roofline", *lanes)
     assert row["failed"] == 0
+    assert 0.9 < row["slot_occupancy_while_work_waits"] <= 1
     assert set(row["roofline"]["stages"]) >= {"vision", "prefill", "decode", "feed_wait"}
 
 
