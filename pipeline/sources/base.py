@@ -72,8 +72,13 @@ class Source(ABC):
         Raises: UserError when the file is no longer what `files` has seen.
         """
         self._check_unchanged(path)
+        glance = files.glance(self.address(path))
         last: Row | None = None
         for row in self._checked_ids(path, start, stop):
+            # NOTE: before each row, for its answer may be kept although the shard is never done.
+            if (now := files.glance(self.address(path))) != glance:
+                self._check_unchanged(path)
+                glance = now
             if last is not None:
                 yield last
             last = row

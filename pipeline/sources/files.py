@@ -102,6 +102,17 @@ def size_and_version(path: str) -> tuple[int, str | None]:
     return int(info["size"]), version
 
 
+def glance(path: str) -> tuple[int, int, int] | None:
+    """What a change of a local file changes, at next to no cost; None where that is not so."""
+    if not is_local(path):
+        return None
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_size, info.st_mtime_ns, info.st_ino
+
+
 def stamp(path: str, *, afresh: bool = False) -> str:
     """Changes when a file is written anew or replaced. Raises: EngineError.
 

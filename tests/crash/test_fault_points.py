@@ -131,7 +131,19 @@ def test_full_disk_is_one_sentence(tmp_path: Path, tally: Tally, point: str) -> 
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("action", ["enospc", "eio", "erofs", "edquot", "estale", "term"])
+@pytest.mark.parametrize("action", ["term", "int"])
+@pytest.mark.parametrize("point", POINTS)
+def test_stopped_at_each_point(tmp_path: Path, tally: Tally, point: str, action: str) -> None:
+    """A signal in the middle of each step: the run drains, or has just ended."""
+    job = _prepare(tmp_path, point)
+    ended = job.run(*_args(point), env=_env(point, action))
+    assert ended.returncode in (0, 75), ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr
+    _finish(job, point, tally)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("action", ["enospc", "eio", "erofs", "edquot", "estale"])
 @pytest.mark.parametrize("hit", ["2", "1+"])
 @pytest.mark.parametrize("point", POINTS)
 def test_failing_storage(tmp_path: Path, tally: Tally, point: str, action: str, hit: str) -> None:
