@@ -51,7 +51,9 @@ def commit_shard(
                "fingerprint": shard.fingerprint},
     )  # fmt: skip
     fault("commit.before_build")
-    private = _write(paths, shard, table, info, compression)
+    private = _write_again(paths, shard, table, info, compression)
+    if private is None:
+        return False
     fault("commit.before_link")
     if shard.revision:
         replace = _replace_local if paths.is_local else _replace_remote
@@ -145,6 +147,24 @@ def clean_private(paths: RunPaths, shard: str) -> None:
     for name in paths.storage.names(paths.private_folder):
         if name.startswith(f"{shard}."):
             paths.storage.delete(f"{paths.private_folder}/{name}")
+
+
+def _write_again(
+    paths: RunPaths, shard: Shard, table: pa.Table, info: PartInfo, compression: str
+) -> Path | None:
+    """The part as a synced private file; None when the shard was committed meanwhile.
+
+    Whoever has taken the shard over from an attempt that slept clears its private file away.
+    """
+    for last_try in (False, False, True):
+        try:
+            return _write(paths, shard, table, info, compression)
+        except StorageError as error:
+            if not isinstance(error.__cause__, FileNotFoundError) or last_try:
+                raise
+            if is_committed(paths, shard):
+                return None
+    raise AssertionError("unreachable")
 
 
 def _write(

@@ -2,21 +2,23 @@
 
 When attempts at a shard die without a single answer, or again and again, the shard is handed out
 in portions, one at a time: rows that no dead attempt was at come first, then the portion that a
-death left, cut finer. A row that was alone twice when a worker died that had just proved itself
-with another row is given up with `worker_crash`. Knows no process.
+death left, cut finer. A row that was alone twice when a worker died, one that had proved itself
+with another row and whose runner lived on, is given up with `worker_crash`. Knows no process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jobs.journal import JournalState
 
 NUM_PORTIONS = 16  # a portion is cut into as many: 4096 rows are 3 deaths from a single one
 MAX_BARREN = 2  # attempts that may die without an answer before a shard is suspected
 MAX_DEATHS = 4  # attempts that may die at all
-MAX_ALONE = 2  # deaths of a row on its own
+MAX_ALONE = 2  # deaths of a row on its own that a runner saw
+MAX_ALONE_UNSEEN = 5  # and without a witness: it may as well have been a preemption
 CRASHED = "worker_crash"
 CLEAN_ENDINGS = ("stopped", "hard exit")
 
@@ -48,10 +50,15 @@ def suspect(state: JournalState, unanswered: Collection[int]) -> Suspicion | Non
     if len(barren) < MAX_BARREN and len(died) < MAX_DEATHS:
         return None
     trials = _failed_trials(state)
-    failed = [portion for portion, _ in trials]
-    proved = [portion for portion, was_proved in trials if was_proved]
+    failed = [trial.portion for trial in trials]
+    proved = [trial.portion for trial in trials if trial.proved]
+    seen = [trial.portion for trial in trials if trial.proved and trial.seen]
     left = sorted(unanswered)
-    crashed = [row for row in left if proved.count((row,)) >= MAX_ALONE]
+    crashed = [
+        row
+        for row in left
+        if seen.count((row,)) >= MAX_ALONE or proved.count((row,)) >= MAX_ALONE_UNSEEN
+    ]
     left = [row for row in left if row not in set(crashed)]
     return Suspicion(crashed, _portions(left, failed), failed)
 
@@ -67,16 +74,30 @@ def _ended_cleanly(state: JournalState) -> set[str]:
     return {attempt for attempt, note in state.notes if note.get("end") in CLEAN_ENDINGS}
 
 
-def _failed_trials(state: JournalState) -> list[tuple[Portion, bool]]:
-    """The portion that each attempt died at, and whether its worker had proved itself before."""
+class _Trial(NamedTuple):
+    """A portion that an attempt died at."""
+
+    portion: Portion
+    proved: bool  # the worker had answered another row before
+    seen: bool  # the attempt did not just vanish with its runner
+
+
+def _failed_trials(state: JournalState) -> list[_Trial]:
     trying: dict[str, tuple[Portion, bool] | None] = {}
+    failures = set(state.died)
     for attempt, note in state.notes:
         if "trying" in note:
             trying[attempt] = tuple(note["trying"]), bool(note.get("proved"))
         elif "tried" in note:
             trying[attempt] = None
+        elif "end" in note:
+            failures.add(attempt)
     clean = _ended_cleanly(state)
-    return [trial for name, trial in trying.items() if trial is not None and name not in clean]
+    return [
+        _Trial(*trial, attempt in failures)
+        for attempt, trial in trying.items()
+        if trial is not None and attempt not in clean
+    ]
 
 
 def _portions(rows: Sequence[int], failed: Sequence[Portion]) -> list[Portion]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.faults import fault, kill_self
-from jobs.paths import RunPaths, journal_revision
+from jobs.paths import DEATH_SUFFIX, RunPaths, journal_revision
 from jobs.storage import StorageError
 from pipeline.rows import Answer, RequestKey
 
@@ -39,6 +39,7 @@ class JournalState:
     made_by: dict[AnswerKey, str] = field(default_factory=dict)  # attempt of each answer
     attempts: list[str] = field(default_factory=list)  # that left a journal, oldest name first
     notes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (attempt, note)
+    died: set[str] = field(default_factory=set)  # attempts that a runner saw die
     torn: list[str] = field(default_factory=list)  # files that do not hold to their end
 
 
@@ -243,7 +244,9 @@ def read_journals(paths: RunPaths, shard: str, fingerprint: str, revision: int =
     """
     state = JournalState()
     folder = paths.journal_folder(shard)
-    for attempt, names in _by_attempt(paths.storage.names(folder)):
+    listed = paths.storage.names(folder)
+    state.died = {n.removesuffix(DEATH_SUFFIX) for n in listed if n.endswith(DEATH_SUFFIX)}
+    for attempt, names in _by_attempt(listed):
         state.attempts.append(attempt)
         records, torn = _read_attempt(paths, folder, names)
         if torn is not None:

@@ -14,6 +14,7 @@ from jobs.storage import Storage, open_storage
 
 SHARD_PREFIX = "shard-"
 PART_SUFFIX = ".parquet"
+DEATH_SUFFIX = ".died"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class RunPaths:
     def journal(self, shard: str, attempt: str, revision: int = 0, segment: int = 0) -> str:
         """An attempt's journal; one of its segments where files cannot be appended to."""
         return f"{self.journal_folder(shard)}/{attempt}.{revision:04d}.{segment:06d}.journal"
+
+    def death(self, shard: str, attempt: str) -> str:
+        """A runner's word that the attempt's process died while the runner lived."""
+        return f"{self.journal_folder(shard)}/{attempt}{DEATH_SUFFIX}"
 
     def part(self, shard: str) -> str:
         return f"{self.data_folder}/{shard}{PART_SUFFIX}"

@@ -53,12 +53,14 @@ class WorkerPool:
         *,
         attempts: int,
         watchdog_sec: float,
+        on_death: Callable[[int], object] = lambda pid: None,
     ) -> None:
         self.config = config
         self.stop = stop
         self.progress = progress
         self.attempts = attempts
         self.watchdog_sec = watchdog_sec
+        self.on_death = on_death
         self.members = [Member(i, env) for i, env in enumerate(environments)]
 
     def run(self) -> list[Member]:
@@ -98,6 +100,8 @@ class WorkerPool:
             if code in FINAL_CODES:
                 member.code = code
                 return
+            if member.process is not None:
+                self.on_death(member.process.pid)
             member.deaths = 0 if member.progressed else member.deaths + 1
             self.progress.note(
                 f"worker {member.number} died ({_describe(code)}), "

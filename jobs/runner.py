@@ -20,6 +20,7 @@ from jobs.progress import Progress
 from jobs.signals import EXIT_STOPPED, StopRequest
 from jobs.storage import StorageError
 from jobs.tidy import tidy
+from jobs.witness import witness_death
 from jobs.worker import Worker, WorkerFailed
 
 
@@ -110,6 +111,7 @@ def _run_pool(
         progress,
         attempts=job.config.retry.attempts,
         watchdog_sec=options.watchdog_sec or job.config.retry.watchdog_sec,
+        on_death=lambda pid: witness_death(job.paths, pid),
     )
     members = pool.run()
     outcome = _outcome_of(members, stop, job.num_rows_left())

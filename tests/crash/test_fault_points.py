@@ -17,7 +17,7 @@ import pytest
 
 from jobs.faults import POINTS
 from jobs.verify import verify
-from tests.helpers.job_folder import JobFolder, as_json, end, make_input, make_job
+from tests.helpers.job_folder import JobFolder, as_json, make_input, make_job
 from tests.helpers.tally import Tally
 
 NUM_ROWS = 24
@@ -168,8 +168,9 @@ def _stop_past_lease_and_wake(tmp_path: Path, point: str, tally: Tally) -> None:
     second = job.run(*_args(point))
     assert second.returncode == 0, second.stderr
     before = [(part.name, part.read_bytes()) for part in job.parts()]
-    code = end(first, signal.SIGCONT)
-    assert code == 0
+    first.send_signal(signal.SIGCONT)
+    _, err = first.communicate(timeout=30)
+    assert first.returncode == 0, err
     assert [(part.name, part.read_bytes()) for part in job.parts()] == before
     _finish(job, point, tally)
 

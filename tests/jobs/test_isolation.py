@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import pytest
 
-from jobs.isolation import CRASHED, MAX_BARREN, MAX_DEATHS, suspect
+from jobs.isolation import CRASHED, MAX_ALONE_UNSEEN, MAX_BARREN, MAX_DEATHS, suspect
 from jobs.journal import JournalState
 from pipeline.errors import RowError
 from pipeline.rows import Answer, RequestKey
@@ -28,6 +28,7 @@ class Shard:
         self.deadly = frozenset(deadly)
         self.num_deaths = 0
         self.device_works = True  # on rows of elsewhere
+        self.has_runner = True
 
     def attempt(self) -> None:
         """One process: the whole shard, or in portions once it is suspected."""
@@ -53,6 +54,8 @@ class Shard:
         """A batch dies as a whole."""
         if self.deadly & set(rows):
             self.num_deaths += 1
+            if self.has_runner:
+                self.state.died.add(name)
             return False
         for row in rows:
             self._take(name, _answer(row))
@@ -83,6 +86,18 @@ def test_exactly_the_deadly_rows_are_given_up(num_rows: int, num_deadly: int) ->
     assert not shard.left
     assert shard.crashed() == shard.deadly
     assert shard.num_deaths <= MAX_BARREN + 6 * num_deadly
+
+
+def test_deaths_that_no_runner_saw_accuse_late() -> None:
+    """A preempted run leaves the same journal as one that its row brought down."""
+    shard = Shard(10, [3])
+    shard.has_runner = False
+    for _ in range(MAX_BARREN + 1 + MAX_ALONE_UNSEEN - 1):
+        shard.attempt()
+        assert shard.left
+    shard.attempt()
+    assert shard.crashed() == {3}
+    assert not shard.left
 
 
 def test_a_dead_device_gives_no_row_up() -> None:
