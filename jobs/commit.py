@@ -22,6 +22,8 @@ from jobs.storage import StorageError
 from jobs.table import count_states
 
 log = logging.getLogger(__name__)
+NUM_TRIES = 3
+REDO_PREFIX = "redo-"  # of private files that nobody may clear away
 FOOTER_BYTES = 64 << 10  # read at once in the hope that a part's footer is in it
 
 
@@ -51,16 +53,15 @@ def commit_shard(
                "fingerprint": shard.fingerprint},
     )  # fmt: skip
     fault("commit.before_build")
-    private = _write_again(paths, shard, table, info, compression)
-    if private is None:
-        return False
-    fault("commit.before_link")
-    if shard.revision:
-        replace = _replace_local if paths.is_local else _replace_remote
-        return replace(paths, shard, info, private)
-    made = paths.storage.publish_exclusive(private, paths.part(shard.id))
-    fault("commit.after_link")
-    return made or _is_ours(paths, shard, attempt)
+    for _ in range(NUM_TRIES):
+        try:
+            private = _write(paths, shard, table, info, compression)
+            fault("commit.before_link")
+            return _publish(paths, shard, info, private)
+        except _ClearedError:
+            if is_committed(paths, shard):
+                return False
+    raise StorageError(f"{shard.id}: others clear its private file away, again and again")
 
 
 def committed_shards(paths: RunPaths) -> set[str]:
@@ -122,7 +123,8 @@ def finish_redos(paths: RunPaths) -> None:
     """Finish all redone shards whose winner died before its part was visible: two listings."""
     if not paths.is_local:
         return
-    waiting = {name.split(".", 1)[0] for name in paths.storage.names(paths.private_folder)}
+    names = paths.storage.names(paths.private_folder)
+    waiting = {name.removeprefix(REDO_PREFIX).split(".", 1)[0] for name in names}
     for shard, revision in redone_shards(paths).items():
         if shard in waiting:
             finish_redo(paths, shard, revision)
@@ -149,22 +151,8 @@ def clean_private(paths: RunPaths, shard: str) -> None:
             paths.storage.delete(f"{paths.private_folder}/{name}")
 
 
-def _write_again(
-    paths: RunPaths, shard: Shard, table: pa.Table, info: PartInfo, compression: str
-) -> Path | None:
-    """The part as a synced private file; None when the shard was committed meanwhile.
-
-    Whoever has taken the shard over from an attempt that slept clears its private file away.
-    """
-    for last_try in (False, False, True):
-        try:
-            return _write(paths, shard, table, info, compression)
-        except StorageError as error:
-            if not isinstance(error.__cause__, FileNotFoundError) or last_try:
-                raise
-            if is_committed(paths, shard):
-                return None
-    raise AssertionError("unreachable")
+class _ClearedError(Exception):
+    """Whoever took the shard over from this attempt, which slept, has deleted its private file."""
 
 
 def _write(
@@ -178,10 +166,23 @@ def _write(
         write_part(private, table, info, compression)
         fault("commit.after_write")
         paths.storage.sync_file(private)
+    except FileNotFoundError as error:
+        raise _ClearedError from error
     except (OSError, StorageError) as error:
         private.unlink(missing_ok=True)
         raise StorageError(f"writing the part of {shard.id} failed: {error}") from error
     return private
+
+
+def _publish(paths: RunPaths, shard: Shard, info: PartInfo, private: Path) -> bool:
+    if shard.revision:
+        replace = _replace_local if paths.is_local else _replace_remote
+        return replace(paths, shard, info, private)
+    made = paths.storage.publish_exclusive(private, paths.part(shard.id))
+    fault("commit.after_link")
+    if not made and not is_committed(paths, shard):
+        raise _ClearedError
+    return made or _is_ours(paths, shard, info.attempt)
 
 
 def _replace_local(paths: RunPaths, shard: Shard, info: PartInfo, private: Path) -> bool:
@@ -190,14 +191,19 @@ def _replace_local(paths: RunPaths, shard: Shard, info: PartInfo, private: Path)
     A rename consumes the winner's private file, so it happens once: an attempt that sleeps between
     the two steps and wakes after later revisions finds its file gone.
     """
-    won = {"attempt": info.attempt, "private": paths.private(shard.id, info.attempt)}
+    safe = private.with_name(f"{REDO_PREFIX}{private.name}")
+    try:
+        private.rename(safe)
+    except FileNotFoundError as error:
+        raise _ClearedError from error
+    won = {"attempt": info.attempt, "private": f"{paths.private_folder}/{safe.name}"}
     name = paths.redo(shard.id, shard.revision)
     if not paths.storage.write_exclusive(name, json.dumps(won).encode()):
-        private.unlink(missing_ok=True)
+        safe.unlink(missing_ok=True)
         finish_redo(paths, shard.id, shard.revision)
         return False
     fault("commit.before_replace")
-    paths.storage.publish_replace(private, paths.part(shard.id))
+    paths.storage.publish_replace(safe, paths.part(shard.id))
     fault("commit.after_replace")
     return True
 

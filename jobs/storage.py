@@ -123,19 +123,22 @@ def is_transient(error: OSError) -> bool:
 
 
 def retrying(
-    what: str, operation: Callable[[], T], sleep: Callable[[float], None] = time.sleep
+    what: str,
+    operation: Callable[[], T],
+    sleep: Callable[[float], None] = time.sleep,
+    num_tries: int = NUM_TRIES,
 ) -> T:
     """Run an operation that may be repeated; wait longer and longer while its errors are transient.
 
     Raises: StorageError after the last try; any error that is not transient at once.
     """
-    for number in range(1, NUM_TRIES + 1):
+    for number in range(1, num_tries + 1):
         try:
             return operation()
         except OSError as error:
             if not is_transient(error):
                 raise
-            if number == NUM_TRIES:
+            if number == num_tries:
                 raise StorageError(f"{what} failed {number} times: {error}") from error
             delay = min(FIRST_DELAY_SEC * 4 ** (number - 1), MAX_DELAY_SEC)
             log.warning("%s: %s; trying again", what, error)

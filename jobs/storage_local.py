@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jobs.faults import fault
-from jobs.storage import Entry, StorageError, retrying
+from jobs.storage import NUM_TRIES, Entry, StorageError, retrying
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -128,7 +128,8 @@ class LocalStorage:
             fault("storage.delete")
             Path(self.url(name)).unlink(missing_ok=True)
 
-        self._guard(f"deleting {name}", operation)
+        # NOTE: nothing rests on a file being gone, so that it is not waited for.
+        self._guard(f"deleting {name}", operation, num_tries=2)
 
     def delete_folder(self, folder: str) -> None:
         fault("storage.delete")
@@ -211,9 +212,9 @@ class LocalStorage:
         finally:
             os.close(descriptor)
 
-    def _guard(self, what: str, operation: Callable[[], T]) -> T:
+    def _guard(self, what: str, operation: Callable[[], T], num_tries: int = NUM_TRIES) -> T:
         try:
-            return retrying(what, operation)
+            return retrying(what, operation, num_tries=num_tries)
         except FileNotFoundError:
             raise
         except OSError as error:

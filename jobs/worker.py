@@ -115,7 +115,7 @@ class Worker:
             shard, reason = next(iter(self.given_up.items()))
             more = f" and {len(self.given_up) - 1} more" if len(self.given_up) > 1 else ""
             raise WorkerFailed(f"{shard}{more} given up: {reason}")
-        return self.queue.num_left == 0
+        return self.queue.num_listings > 0 and self.queue.num_left == 0
 
     def result(self) -> dict[str, Any]:
         """For reports: what was done here, and where the time went."""

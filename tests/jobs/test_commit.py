@@ -200,6 +200,31 @@ def test_a_winner_that_wakes_late_changes_nothing(paths: RunPaths) -> None:
     assert texts(paths) == expected("a2")
 
 
+@pytest.mark.parametrize("point", ["commit.after_write", "commit.before_link"])
+@pytest.mark.parametrize("revision", [0, 1])
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_private_file_that_another_attempt_cleared_away(
+    paths: RunPaths, monkeypatch: pytest.MonkeyPatch, point: str, revision: int, committed: bool
+) -> None:
+    """Taken over while it slept: it writes anew, or finds that the other one was quicker."""
+    if revision:
+        commit(paths, "a0")
+    shard = replace(SHARD, revision=revision)
+    others = [lambda: clean_private(paths, SHARD.id)]
+    if committed:
+        others.append(lambda: commit(paths, "a2", shard))
+
+    def take_over(name: str) -> None:
+        while name == point and others:
+            others.pop(0)()
+
+    monkeypatch.setattr("jobs.commit.fault", take_over)
+    assert commit(paths, "a1", shard) is not committed
+    assert texts(paths) == expected("a2" if committed else "a1")
+    assert is_committed(paths, shard)
+    assert part_info(paths, SHARD.id).revision == revision
+
+
 def test_a_retry_keeps_what_was_answered(paths: RunPaths) -> None:
     grow_plan(paths, [File("in.parquet", 4)], 5)
     shard = replace(SHARD, stop=4)
