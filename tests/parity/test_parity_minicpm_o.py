@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers import WhisperFeatureExtractor
 
+from jobs.config import load_config
 from pipeline.audio import probe, read_samples
 from pipeline.errors import RowError, UserError
 from pipeline.estimate import estimate
@@ -34,13 +35,14 @@ from pipeline.models.registry import family_for
 from pipeline.rows import ImageLayout, Turn, VideoInfo
 from pipeline.settings import LabelSettings, ModelSettings, VideoSettings
 from pipeline.tokenizer import Tokenizer
-from tests.helpers.job_folder import JobFolder
+from tests.helpers.job_folder import ROOT, JobFolder
 from tests.helpers.minicpm_checkpoint import write_minicpm_o, write_minicpm_v
 from tests.helpers.parity import Prompt, difference, open_ours, our_logits, our_tokens
 from tests.helpers.recorded import recording
 from tests.parity.minicpm_cases import SOUND_CASES, Case, Picture, Wave, pixels_of, samples_of
 
 RECORDED = recording("minicpm_o")
+OWN_LABELLER = {"VLM_BATCH_LABELLER": "pipeline.labeller:Labeller"}
 
 
 @pytest.fixture(scope="module")
@@ -153,24 +155,6 @@ def _png(width: int, height: int) -> bytes:
     return out.getvalue()
 
 
-def _run(folder: Path, work: Path, table: pa.Table, **columns: Any) -> list[dict[str, Any]]:
-    pq.write_table(table, work / "in.parquet")
-    config = {
-        "model": {"id": str(folder)},
-        "input": {"path": str(work / "in.parquet"), "base_path": str(work), **columns},
-        "generation": {"max_new_tokens": 5},
-        "engine": {"device": "cpu", "workers": 1},
-        "output": {"path": str(work / "out")},
-    }
-    if "messages" not in columns:
-        config["prompts"] = {"said": "What is said?", "count": "How many speak?"}
-    (work / "job.yaml").write_text(json.dumps(config))
-    job = JobFolder(work, len(table), work / "job.yaml", work / "out")
-    ended = job.run(env={"VLM_BATCH_LABELLER": "pipeline.labeller:Labeller"})
-    assert ended.returncode == 0, ended.stderr
-    return job.content()
-
-
 def _said(folder: Path, ours: Any, data: bytes, text: str) -> str:
     """The answer to one recording by itself, outside the engine."""
     samples = read_samples(data, probe(data, 60.0))
@@ -183,7 +167,7 @@ def _said(folder: Path, ours: Any, data: bytes, text: str) -> str:
 
 
 @torch.inference_mode()
-def test_run_with_recordings(folder: Path, ours: Any, tmp_path: Path) -> None:
+def test_the_shipped_config_hears(folder: Path, ours: Any, tmp_path: Path) -> None:
     """Bytes and paths of three formats, a broken one and none at all."""
     (tmp_path / "there.flac").write_bytes(_wav(20_000, 2, "FLAC"))
     sounds: list[Any] = [
@@ -193,10 +177,20 @@ def test_run_with_recordings(folder: Path, ours: Any, tmp_path: Path) -> None:
         {"bytes": _wav(9000, 1)[:5000], "path": None},
         None,
     ]
-    rows = _run(folder, tmp_path, pa.table({"audio": sounds}), audio="audio")
+    pq.write_table(pa.table({"audio": sounds}), tmp_path / "in.parquet")
+    job = JobFolder(tmp_path, 5, ROOT / "configs/audio.yaml", tmp_path / "out")
+    places = {"MODEL": folder, "AUDIO": tmp_path / "in.parquet", "OUT": tmp_path / "out"}
+    changes = ["generation.max_new_tokens=5", f"input.base_path={tmp_path}", "engine.workers=1"]
+    ended = job.run(
+        *(part for change in changes for part in ("--set", change)),
+        env=OWN_LABELLER | {name: str(place) for name, place in places.items()},
+    )
+    assert ended.returncode == 0, ended.stderr
+    rows = job.content()
+    asked = load_config(job.config).prompts["said"].text
     assert [row["said"] is not None for row in rows] == [True, True, True, False, False]
-    assert rows[0]["said"] == _said(folder, ours, sounds[0]["bytes"], "What is said?")
-    assert rows[2]["count"] == _said(folder, ours, sounds[2]["bytes"], "How many speak?")
+    for number in (0, 2):
+        assert rows[number]["said"] == _said(folder, ours, sounds[number]["bytes"], asked)
     assert "truncated_audio" in str(rows[3])
     assert "missing_audio" in str(rows[4])
 
@@ -213,8 +207,19 @@ def test_run_with_messages(folder: Path, tmp_path: Path) -> None:
         [{"role": "user", "content": [*parts, {"type": "text", "text": "What is said?"}]}],
         [{"role": "user", "content": [parts[1], parts[1], {"type": "text", "text": "And?"}]}],
     ]
-    table = pa.table({"talk": [json.dumps(talk) for talk in talks]})
-    one, two = _run(folder, tmp_path, table, messages="talk", image=None)
+    pq.write_table(pa.table({"talk": [json.dumps(t) for t in talks]}), tmp_path / "in.parquet")
+    config = {
+        "model": {"id": str(folder)},
+        "input": {"path": str(tmp_path / "in.parquet"), "messages": "talk", "image": None},
+        "generation": {"max_new_tokens": 5},
+        "engine": {"device": "cpu", "workers": 1},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(config))
+    job = JobFolder(tmp_path, 2, tmp_path / "job.yaml", tmp_path / "out")
+    ended = job.run(env=OWN_LABELLER)
+    assert ended.returncode == 0, ended.stderr
+    one, two = job.content()
     assert one["answer"] is not None
     assert "too_many_audios" in str(two)
 
