@@ -254,7 +254,7 @@ def test_a_model_that_does_not_hear_is_refused_before_any_work(tmp_path: Path) -
         input={"path": str(tmp_path / "a.parquet"), "audio": "said"},
         prompts={"said": {"text": "What?"}},
     )
-    with pytest.raises(UserError, match="takes no recordings"):
+    with pytest.raises(UserError, match="takes no audio"):
         estimate(settings)
 
 
