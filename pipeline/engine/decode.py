@@ -7,6 +7,7 @@ lanes, no requests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from operator import is_not
@@ -106,6 +107,8 @@ class Decoder:
         self._captured: dict[tuple[int, SamplerMode, bool], Captured] = {}
         self._pool: Any = None
         self._lanes_per_item = self._cascade_width()
+        windows = [w for w in model.decoder.config.windows if w is not None]
+        self._reach = min(windows, default=math.inf)  # of every layer
         self._table: tuple[Seq[Sequence], SharedTable | None] = ((), None)
 
     def step(self, sequences: Seq[Sequence], mode: SamplerMode, longest: int) -> Tensor:
@@ -120,7 +123,8 @@ class Decoder:
             size = next(s for s in self.sizes if s >= len(lanes))
         # NOTE: the spare lane is always idle; a step may serve it any number of times.
         table = torch.tensor(lanes + [self.slots.spare] * (size - len(lanes)), dtype=torch.int64)
-        shared = self._shared(sequences)
+        # NOTE: shared ranges are read whole, so no window may cut them.
+        shared = self._shared(sequences) if longest <= self._reach else None
         if not self.graphs:
             reads = None
             if shared is not None:
@@ -157,7 +161,7 @@ class Decoder:
     def _cascade_width(self) -> int:
         """Lanes that read a shared range together; 0 where lanes must read alone."""
         c = self.model.decoder.config
-        plain = c.mla is None and not any(c.windows) and self.cross is None
+        plain = c.mla is None and self.cross is None
         if not plain or invariant() or not use_triton(self.model.embedding):
             return 0
         return lanes_per_item(c.num_heads, c.num_kv_heads)

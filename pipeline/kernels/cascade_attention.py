@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.kernels.backend import next_power_of_2, tl, triton
+from pipeline.kernels.backend import next_power_of_2, shared_memory, tl, triton
 from pipeline.kernels.decode_attention import BLOCK_KV, DecodePlan, join_splits, launch_decode
 from pipeline.kernels.flash_parts import block_scores, fold_block
+from pipeline.kernels.prefill_attention import WIDE_BYTES
 
 ROWS = 64  # query heads of lanes in one tile
 NUM_LEVELS = 2  # segments of a lane that may be shared: job prefix, group
@@ -58,11 +59,14 @@ def cascade_attention(
     stat = q.new_full((lanes, num_heads, num_parts), float("-inf"), dtype=torch.float32)
     q = q.contiguous()
     launch_decode(q, k, v, alone, scale, part, stat, num_parts, None, softcap)
+    stages = 3
+    if dim > 128:
+        stages = 2 if shared_memory(q.device) >= WIDE_BYTES else 1
     _shared_kernel[(len(shared.items), k.shape[0], shared.num_chunks)](
         q, k, v, shared.items, part, stat, k.stride(0), scale, num_parts, alone.num_splits,
         HQ=num_heads, GROUP=num_heads // k.shape[0], DIM=dim, LANES=shared.items.shape[1] - 3,
         ROWS=ROWS, BLOCK_D=max(16, next_power_of_2(dim)), BLOCK=BLOCK_KV, SOFTCAP=softcap or 0.0,
-        num_warps=4, num_stages=3 if dim <= 128 else 2,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
     return join_splits(part, stat, torch.empty_like(q))
 

@@ -14,7 +14,13 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pipeline.kernels import decode_attention, head_norm, prefill_attention, swiglu  # noqa: E402
+from pipeline.kernels import (  # noqa: E402
+    cascade_attention,
+    decode_attention,
+    head_norm,
+    prefill_attention,
+    swiglu,
+)
 
 BLOCK_BYTES = {80: 166_912, 89: 101_376, 90: 232_448}  # of compute capabilities, ten times
 HALF = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "out_ptr": "*bf16"}
@@ -25,6 +31,10 @@ PREFILL = HALF | {
 DECODE = HALF | {
     "seg_ptr": "*i32", "part_ptr": "*fp32", "stat_ptr": "*fp32", "head_stride": "i64",
     "scale": "fp32", "num_splits": "i32", "num_parts": "i32",
+}  # fmt: skip
+CASCADE = HALF | {
+    "items_ptr": "*i32", "part_ptr": "*fp32", "stat_ptr": "*fp32", "head_stride": "i64",
+    "scale": "fp32", "num_parts": "i32", "first_part": "i32",
 }  # fmt: skip
 HEADS = {"x_ptr": "*bf16", "weight_ptr": "*fp32", "stride": "i32", "eps": "fp32"}
 GATED = {"in_ptr": "*bf16", "out_ptr": "*bf16", "width": "i32"}
@@ -77,6 +87,18 @@ def test_decode_of_wide_heads() -> None:
     kernel: Any = decode_attention._decode_kernel
     found = shared_bytes(kernel, DECODE, constants, 89, num_warps=4, num_stages=2)
     assert found <= BLOCK_BYTES[89]
+
+
+@pytest.mark.parametrize(("capability", "stages"), [(90, 2), (89, 1)])
+def test_cascade_of_wide_heads(capability: int, stages: int) -> None:
+    constants = {
+        "HQ": 8, "GROUP": 2, "DIM": 256, "LANES": cascade_attention.lanes_per_item(8, 4),
+        "ROWS": cascade_attention.ROWS, "BLOCK_D": 256, "BLOCK": decode_attention.BLOCK_KV,
+        "SOFTCAP": 0.0,
+    }  # fmt: skip
+    kernel: Any = cascade_attention._shared_kernel
+    found = shared_bytes(kernel, CASCADE, constants, capability, num_warps=4, num_stages=stages)
+    assert found <= BLOCK_BYTES[capability]
 
 
 def test_head_norm_and_gate() -> None:
