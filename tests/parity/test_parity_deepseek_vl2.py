@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import RowError, UserError
@@ -16,12 +17,12 @@ from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.deepseek_vl2 import spec, tiles
 from pipeline.models.registry import family_for
-from pipeline.models.vision.views import render_views
+from pipeline.models.vision.views import render_view, render_views
 from pipeline.rows import Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import Bench, outputs, questions
-from tests.helpers.deepseek_vl2_checkpoint import IDS, SIDE, SPECIAL, write_deepseek_vl2
+from tests.helpers.deepseek_vl2_checkpoint import CANDIDATES, IDS, SIDE, SPECIAL, write_deepseek_vl2
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.parity import (
     Part,
@@ -145,6 +146,18 @@ def test_pixels_are_the_official_ones(folders: dict[str, Path]) -> None:
         made = torch.cat([model._tiles(view) for view in views])
         expected = recording("deepseek_vl2").tensors[f"levels.{number}"]
         np.testing.assert_array_equal(made.numpy(), expected.transpose(0, 2, 3, 1))
+
+
+def test_views_equal_pillows_pad() -> None:
+    rng = np.random.default_rng(5)
+    for seed, (width, height) in enumerate(rng.integers(2, 150, (60, 2)).tolist()):
+        image = random_image(width, height, seed)
+        canvas = CANDIDATES[seed % len(CANDIDATES)]
+        grey = (127, 127, 127)
+        expected = ImageOps.pad(Image.fromarray(image), tuple(canvas), color=grey)
+        view = tiles.padded_view(width, height, (canvas[0], canvas[1]), grey)
+        made = render_view(torch.from_numpy(image), view).numpy()
+        np.testing.assert_array_equal(made, np.asarray(expected))
 
 
 def official_prompt(model: Model) -> Prompt:
