@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,6 +85,7 @@ class Family(ABC):
     takes: frozenset[str] = frozenset({"image"})
     num_axes: int = 1
     image_token_id: int | None = None
+    own_ids: Mapping[str, int] = MappingProxyType({})  # of control tokens that no tokenizer cuts
     context_length: int
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: Mapping[str, Any]
@@ -139,6 +141,8 @@ class Family(ABC):
             if isinstance(piece, int):
                 starts.append(length)
                 chunk = self.image_tokens(layouts[piece])
+            elif isinstance(piece, Control) and piece in self.own_ids:
+                chunk = np.array([self.own_ids[piece]], np.int32)
             else:
                 chunk = tokenizer.ids(piece, special=isinstance(piece, Control))
             chunks.append(chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,22 @@ def test_ids_are_the_official_ones(folders: dict[str, Path], name: str) -> None:
     assert tokens.tolist() == recording("janus").facts[name]
     for start in starts:
         assert set(tokens[start : start + GRID**2]) == {IDS["<image_placeholder>"]}
+
+
+def test_markers_may_be_ordinary_tokens(tmp_path: Path) -> None:
+    """The official code splices them in by id, whatever the tokenizer would cut."""
+    folder = write_janus(tmp_path)
+    file = folder / "tokenizer.json"
+    tokens = json.loads(file.read_text("utf-8"))
+    moved = [e for e in tokens["added_tokens"] if "image" in e["content"]]
+    assert len(moved) == 3
+    tokens["model"]["vocab"] |= {e["content"]: e["id"] for e in tokens["added_tokens"]}
+    tokens["added_tokens"] = [e for e in tokens["added_tokens"] if e not in moved]
+    file.write_text(json.dumps(tokens), "utf-8")
+    family = family_of(folder)
+    tokenizer = Tokenizer(Checkpoint.open(ModelSettings(id=str(folder))), family.control)
+    found = family.tokenize(TURNS["between"], [family.layout(64, 48)] * 2, tokenizer)[0]
+    assert found.tolist() == recording("janus").facts["between"]
 
 
 def test_pixels_are_the_official_ones(folders: dict[str, Path]) -> None:

@@ -6,21 +6,18 @@ into square tiles. The weights' side stands in `model.py`. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.deepseek_sizes import text_sizes
 from pipeline.models.families.deepseek_vl2 import tiles
 from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
-from pipeline.rows import ImageLayout, Turn
+from pipeline.rows import ImageLayout
 from pipeline.settings import ModelSettings
 from pipeline.templates import deepseek_vl2
-from pipeline.templates.render import Control
-from pipeline.tokenizer import Tokenizer
 
 MAX_TILED_IMAGES = 2  # of a conversation; with more, each is two pictures
 # What the original classes take for a key that the json leaves out.
@@ -95,8 +92,8 @@ class DeepseekVL2(Family):
         if config.get("tile_tag") != "2D":
             raise UserError(f"model.id {settings.id!r}: only the tile_tag '2D' is known")
         text = text_config(config)
-        self._ids = _control_ids(checkpoint)
-        self.image_token_id = self._ids["<image>"]
+        self.own_ids = _control_ids(checkpoint)
+        self.image_token_id = self.own_ids["<image>"]
         self.context_length = int(text["max_position_embeddings"])
         # NOTE: the classes' default eos_token_id belongs to an older tokenizer.
         self.eos_token_ids = end_tokens(checkpoint, {}, self.template)
@@ -133,28 +130,10 @@ class DeepseekVL2(Family):
         count = tiles.num_tokens(self.tile_rows, rows, columns)
         return ImageLayout(best[1], best[0], (1, rows, columns), count, views)
 
-    def tokenize(
-        self, turns: Sequence[Turn], layouts: Sequence[ImageLayout], tokenizer: Tokenizer
-    ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """As the base, with control tokens that the tokenizer may lack."""
-        chunks: list[np.ndarray] = []
-        starts: list[int] = []
-        for piece in self.render(turns):
-            if isinstance(piece, int):
-                starts.append(sum(map(len, chunks)))
-                chunks.append(self.image_tokens(layouts[piece]))
-            elif isinstance(piece, Control) and piece in self._ids:
-                chunks.append(np.array([self._ids[piece]], np.int32))
-            else:
-                chunks.append(tokenizer.ids(piece, special=isinstance(piece, Control)))
-        return np.concatenate(chunks), tuple(starts)
-
 
 def _control_ids(checkpoint: Checkpoint) -> dict[str, int]:
     """Ids of the tokens that the official processor makes sure of."""
-    spec = checkpoint.json("tokenizer.json")
-    if spec is None:
-        raise UserError(f"model.id {checkpoint.id!r}: {checkpoint.folder} has no tokenizer.json")
+    spec = json.loads(checkpoint.tokenizer_json)
     known = dict(spec["model"]["vocab"])
     known |= {entry["content"]: entry["id"] for entry in spec.get("added_tokens", ())}
     following, ids = max(known.values()) + 1, {}

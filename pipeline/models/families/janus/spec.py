@@ -19,6 +19,7 @@ from pipeline.settings import ModelSettings
 from pipeline.templates import janus_pro
 
 IMAGE_TOKEN = "<image_placeholder>"
+_SPLICED = ("<begin_of_image>", IMAGE_TOKEN, "<end_of_image>")  # by id, never cut from a text
 # The original config names its tower and lists only what is not its own: width, layers, heads,
 # patch, MLP ratio, as the official table has them.
 _TOWERS = {
@@ -118,11 +119,14 @@ class Janus(Family):
         self.tower = tower_sizes(config)
         text = text_config(config)
         # NOTE: a marker that this tokenizer has not is ordinary text, cut nowhere.
-        known = [t for t in janus_pro.TEMPLATE.control if checkpoint.token_id(t) is not None]
+        self.own_ids = _spliced(checkpoint)
+        known = [
+            token
+            for token in janus_pro.TEMPLATE.control
+            if token in self.own_ids or checkpoint.token_id(token) is not None
+        ]
         self.template = replace(janus_pro.TEMPLATE, control=tuple(known))
-        self.image_token_id = config.get("image_token_id") or checkpoint.token_id(IMAGE_TOKEN)
-        if self.image_token_id is None:
-            raise UserError(f"model.id {checkpoint.id!r}: the tokenizer has no {IMAGE_TOKEN!r}")
+        self.image_token_id = self.own_ids[IMAGE_TOKEN]
         self.context_length = int(text["max_position_embeddings"])
         # NOTE: the text config's eos_token_id is Llama's default, not this tokenizer's.
         self.eos_token_ids = end_tokens(checkpoint, {}, self.template)
@@ -158,6 +162,18 @@ class Janus(Family):
         if self.converted:
             return max(round(side * (self.image_side / longer)), self.min_side)
         return max(int(side / longer * self.image_side), self.min_side)
+
+
+def _spliced(checkpoint: Checkpoint) -> dict[str, int]:
+    """Ids of the markers around and in an image's block, added tokens or ordinary ones."""
+    ids = {}
+    for token in _SPLICED:
+        found = checkpoint.token_id(token)
+        found = checkpoint.vocabulary_id(token) if found is None else found
+        if found is None:
+            raise UserError(f"model.id {checkpoint.id!r}: the tokenizer has no {token!r}")
+        ids[token] = found
+    return ids
 
 
 def _sizes(text: Mapping[str, Any], tower: TowerSizes) -> ModelSizes:
