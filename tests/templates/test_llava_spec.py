@@ -215,6 +215,20 @@ def test_known_counts(tmp_path: Path) -> None:
     assert {family.layout(*size).num_tokens for size in sizes(50)} == {576}
 
 
+def test_max_pixels_leaves_out_large_resolutions(tmp_path: Path) -> None:
+    full_size(tmp_path / "a", "onevision", **ORIGINAL_OV)
+    limited = family_of(tmp_path / "a", max_pixels=4 * 384**2)
+    assert all(
+        view.height * view.width <= 4 * 384**2
+        for size in sizes(200)
+        for view in limited.layout(*size).views
+    )
+    assert limited.layout(1024, 768).num_tokens < 4725
+    for options in ({"max_pixels": 100}, {"min_pixels": 100}):
+        with pytest.raises(UserError, match=next(iter(options))):
+            family_of(tmp_path / "a", **options)
+
+
 def test_a_crop_of_an_extreme_image_is_refused(tmp_path: Path) -> None:
     square = ORIGINAL_16 | {"image_aspect_ratio": None, "mm_patch_merge_type": "flat"}
     family = full_size(tmp_path / "a", "1.5", **square)

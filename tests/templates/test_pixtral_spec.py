@@ -127,6 +127,16 @@ def test_pixels_equal_mistrals(name: str, source: tuple[int, int]) -> None:
     )
 
 
+def test_max_pixels_limits_the_longer_side(folder: Path) -> None:
+    path = folder / "twin-False"
+    settings = ModelSettings(id=str(path), max_pixels=40 * 41)
+    layout = family_for(Checkpoint.open(settings), settings).layout(300, 100)
+    assert (layout.width, layout.height) == (40, 16)
+    settings = ModelSettings(id=str(path), min_pixels=40)
+    with pytest.raises(UserError, match="min_pixels"):
+        family_for(Checkpoint.open(settings), settings)
+
+
 def test_detection(folder: Path) -> None:
     params = json.loads((folder / "mistral-False" / "params.json").read_text())
     config = json.loads((folder / "twin-False" / "config.json").read_text())

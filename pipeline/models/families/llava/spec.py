@@ -8,11 +8,12 @@ say. The weights' side stands in `model.py`. Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import RowError
+from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.llava import tiles
 from pipeline.models.families.llava.config import (
@@ -54,7 +55,7 @@ class Llava(Family):
     name = "llava"
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
-        self.config = config = read(checkpoint)
+        self.config = config = _limited(read(checkpoint), settings)
         self.template = template_of(config, checkpoint)
         self.templates = (self.template.name,)
         self.context_length = int(config.text["max_position_embeddings"])
@@ -147,6 +148,20 @@ def _named_tokens(config: Mapping[str, Any]) -> tuple[str, ...]:
     listed += [value for key, value in config.items() if key.endswith("_token") and value]
     names = [entry.get("content") if isinstance(entry, dict) else entry for entry in listed]
     return tuple(name for name in names if isinstance(name, str))
+
+
+def _limited(config: LlavaConfig, settings: ModelSettings) -> LlavaConfig:
+    """`config` without the resolutions that `model.max_pixels` forbids."""
+    if settings.min_pixels is not None:
+        raise UserError("model.min_pixels has no meaning for LLaVA models; leave it null.")
+    most, side = settings.max_pixels, config.tower.side
+    if most is None:
+        return config
+    if most < side**2:
+        raise UserError(f"model.max_pixels must be at least {side**2} for this model.")
+    kept = tuple(pair for pair in config.pinpoints if pair[0] * pair[1] <= most)
+    smallest = sorted(config.pinpoints, key=lambda pair: pair[0] * pair[1])[:1]
+    return replace(config, pinpoints=kept or tuple(smallest))
 
 
 def _added_start(config: Mapping[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,6 +132,12 @@ class Pixtral(Family):
         processor = checkpoint.preprocessor_config
         size = processor.get("size") or {}
         self.longest = int(size.get("longest_edge") or self.tower.longest)
+        if settings.min_pixels is not None:
+            raise UserError("model.min_pixels has no meaning for Pixtral models; leave it null.")
+        if settings.max_pixels is not None:
+            # A square image has this many pixels at most, and others fewer.
+            limit = math.isqrt(settings.max_pixels) // self.tower.patch * self.tower.patch
+            self.longest = min(self.longest, max(limit, self.tower.patch))
         self.image_mean = tuple(processor.get("image_mean") or _CLIP_MEAN)
         self.image_std = tuple(processor.get("image_std") or _CLIP_STD)
 
