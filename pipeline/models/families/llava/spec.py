@@ -154,14 +154,13 @@ def _limited(config: LlavaConfig, settings: ModelSettings) -> LlavaConfig:
     """`config` without the resolutions that `model.max_pixels` forbids."""
     if settings.min_pixels is not None:
         raise UserError("model.min_pixels has no meaning for LLaVA models; leave it null.")
-    most, side = settings.max_pixels, config.tower.side
+    most = settings.max_pixels
     if most is None:
         return config
-    if most < side**2:
-        raise UserError(f"model.max_pixels must be at least {side**2} for this model.")
-    kept = tuple(pair for pair in config.pinpoints if pair[0] * pair[1] <= most)
-    smallest = sorted(config.pinpoints, key=lambda pair: pair[0] * pair[1])[:1]
-    return replace(config, pinpoints=kept or tuple(smallest))
+    least = min((a * b for a, b in config.pinpoints), default=config.tower.side**2)
+    if most < least:
+        raise UserError(f"model.max_pixels must be at least {least} for this model.")
+    return replace(config, pinpoints=tuple(p for p in config.pinpoints if p[0] * p[1] <= most))
 
 
 def _added_start(config: Mapping[str, Any]) -> str | None:
