@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.numpy import load_file, save_file
 
+from pipeline.engine.memory import place_bytes
 from pipeline.errors import RowError, UserError
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
@@ -227,7 +228,9 @@ def test_one_picture_alone_and_among_three(folders: dict[str, Path]) -> None:
 
 
 def test_the_cache_holds_one_row_a_token(folders: dict[str, Path]) -> None:
-    cache = Bench.open(folders["base"]).engine().cache
+    engine = Bench.open(folders["base"]).engine()
+    cache = engine.cache
+    assert place_bytes(engine.model) == 3 * (32 + 8) * 4
     assert cache.data.shape[1:3] == (1, 1)
     assert cache.data.shape[-1] == 32 + 8
     assert family_of(folders["base"]).sizes.kv_values_per_token == 3 * (32 + 8)
