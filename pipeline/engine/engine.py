@@ -256,7 +256,8 @@ class Engine:
     # 3. step
 
     def _step(self) -> None:
-        sequences = list(self.running.values())
+        # Long ones first: attention then ends on short work.
+        sequences = sorted(self.running.values(), key=lambda s: -s.request.num_tokens)
         longest = max(
             s.request.num_tokens + len(s.output_ids) + 2 + len(self._steps) for s in sequences
         )
