@@ -189,3 +189,16 @@ def test_tokens_that_only_the_tokenizers_config_adds(folder: Path, tmp_path: Pat
     ours = Tokenizer(checkpoint, family.control)
     assert ours.encode(text, special=True) == theirs.encode(text, add_special_tokens=False)
     assert ours.encode("<unk>") != [unknown]
+
+
+def test_limits_of_pixels(folder: Path) -> None:
+    def family(**limits: int) -> Any:
+        settings = ModelSettings(id=str(folder), **limits)
+        return family_for(Checkpoint.open(settings), settings)
+
+    assert family(max_pixels=4 * 448**2).layout(3000, 3000).grid == (1, 2, 2)
+    assert family(max_pixels=448**2).layout(3000, 3000).grid == (1, 0, 0)
+    with pytest.raises(UserError, match="at least 200704"):
+        family(max_pixels=448**2 - 1)
+    with pytest.raises(UserError, match="min_pixels"):
+        family(min_pixels=100)

@@ -245,3 +245,18 @@ def test_tensors_that_do_not_fit_are_named(
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=named):
         open_ours(tmp_path, spec.build)
+
+
+def test_limits_of_pixels(folder: Path) -> None:
+    def family(**limits: int) -> Any:
+        settings = ModelSettings(id=str(folder), **limits)
+        return family_for(Checkpoint.open(settings), settings)
+
+    for most in (56**2, 20_000, 30_000, 10**9):
+        for size in [(300, 300), (301, 17), (17, 301)]:
+            layout = family(max_pixels=most).layout(*size)
+            assert layout.height * layout.width <= most
+    with pytest.raises(UserError, match="3136 or more"):
+        family(max_pixels=3000)
+    with pytest.raises(UserError, match="min_pixels"):
+        family(min_pixels=100)

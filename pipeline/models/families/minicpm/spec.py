@@ -112,6 +112,8 @@ class MiniCPM(Family):
         self.eos_token_ids = tuple(dict.fromkeys([*ends, *(i for i in stops if i is not None)]))
         self.default_sampling = default_sampling(checkpoint.generation_config)
         self.sizes = _sizes(config)
+        if settings.min_pixels is not None:
+            raise UserError("model.min_pixels has no meaning for MiniCPM models; leave it null.")
         self._read_processor(checkpoint.preprocessor_config, settings.max_pixels)
         self._read_tokens(checkpoint)
 
@@ -122,7 +124,12 @@ class MiniCPM(Family):
         self.image_mean = tuple(processor.get("norm_mean") or (0.5, 0.5, 0.5))
         self.image_std = tuple(processor.get("norm_std") or (0.5, 0.5, 0.5))
         if max_pixels is not None:
-            self.max_slices = min(self.max_slices, max(1, max_pixels // self.side**2))
+            if max_pixels < self.side**2:
+                raise UserError(
+                    f"model.max_pixels {max_pixels} is less than one slice of the model has;"
+                    f" write at least {self.side**2}"
+                )
+            self.max_slices = min(self.max_slices, max_pixels // self.side**2)
 
     def _read_tokens(self, checkpoint: Checkpoint) -> None:
         names = ("<image>", "</image>", "<slice>", "</slice>", "<unk>")

@@ -96,8 +96,11 @@ class SmolVLM(Family):
         processor = checkpoint.preprocessor_config
         self.tile = int((processor.get("max_image_size") or {}).get("longest_edge", 364))
         self.longest = int((processor.get("size") or {}).get("longest_edge", 4 * 364))
-        if settings.max_pixels is not None:
-            self.longest = min(self.longest, max(self.tile, math.isqrt(settings.max_pixels)))
+        if settings.max_pixels is not None:  # whole tiles, since images are stretched to them
+            tiles = math.isqrt(settings.max_pixels) // self.tile
+            self.longest = min(self.longest, tiles * self.tile)
+        if settings.min_pixels is not None or not self.longest:
+            raise UserError(f"model.max_pixels must be {self.tile**2} or more, min_pixels null.")
         self.splits = bool(processor.get("do_image_splitting", True))
         self.image_mean = tuple(processor.get("image_mean") or (0.5, 0.5, 0.5))
         self.image_std = tuple(processor.get("image_std") or (0.5, 0.5, 0.5))
