@@ -129,6 +129,18 @@ def test_token_counts_are_the_official_ones(folders: dict[str, Path]) -> None:
     assert refused < len(sizes) / 10
 
 
+def test_limits_of_pixels(folders: dict[str, Path]) -> None:
+    for most in (SIDE**2, 4 * SIDE**2 + 1, 10**9):
+        family = family_of(folders["tiny"], max_pixels=most)
+        layout = family.layout(900, 700)
+        assert layout.height * layout.width <= most
+    assert layout.grid[1] * layout.grid[2] > 4
+    with pytest.raises(UserError, match="2304 or more"):
+        family_of(folders["tiny"], max_pixels=SIDE**2 - 1)
+    with pytest.raises(UserError, match="min_pixels"):
+        family_of(folders["tiny"], min_pixels=100)
+
+
 def test_known_sizes(folders: dict[str, Path]) -> None:
     family = family_of(folders["tiny"])
     real = tuple((384 * w, 384 * h) for w in range(1, 10) for h in range(1, 10) if w * h <= 9)

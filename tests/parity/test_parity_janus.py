@@ -254,6 +254,12 @@ def test_detection(folders: dict[str, Path], layout: str) -> None:
         family_of(folders[layout], chat_template="qwen2-vl")
 
 
+@pytest.mark.parametrize("limit", ["min_pixels", "max_pixels"])
+def test_limits_of_pixels_are_refused(folders: dict[str, Path], limit: str) -> None:
+    with pytest.raises(UserError, match="pixels null"):
+        family_of(folders["original"], **{limit: 90_000})
+
+
 def test_deepseek_vl_is_not_taken(folders: dict[str, Path]) -> None:
     config = dict(Checkpoint.open(ModelSettings(id=str(folders["original"]))).config)
     assert spec.matches(config)

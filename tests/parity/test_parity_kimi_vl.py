@@ -239,6 +239,17 @@ def test_detection(folder: Path) -> None:
     assert not spec.matches(config | {"vision_config": {"model_type": "kimi_k25_vision"}})
 
 
+def test_limits_of_pixels(folder: Path) -> None:
+    assert family_of(folder, max_pixels=28**2).layout(500, 500).num_tokens == 1
+    assert family_of(folder, max_pixels=10**9).layout(500, 500) == family_of(folder).layout(
+        500, 500
+    )
+    with pytest.raises(UserError, match="784 or more"):
+        family_of(folder, max_pixels=28**2 - 1)
+    with pytest.raises(UserError, match="min_pixels"):
+        family_of(folder, min_pixels=100)
+
+
 def test_pictures_too_long(folder: Path) -> None:
     with pytest.raises(RowError) as caught:
         family_of(folder).layout(8000, 13)

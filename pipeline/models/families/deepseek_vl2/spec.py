@@ -101,6 +101,7 @@ class DeepseekVL2(Family):
         self.global_first = config.get("global_view_pos", "head") == "head"
         self.sizes = _sizes(config)
         self._read_processor(checkpoint, config)
+        self._limit(settings)
 
     def _read_processor(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         processor = checkpoint.json("processor_config.json") or {}
@@ -114,6 +115,14 @@ class DeepseekVL2(Family):
         self.image_std = tuple(processor.get("image_std") or (0.5, 0.5, 0.5))
         red, green, blue = (int(value * 255) for value in self.image_mean)
         self.background = (red, green, blue)
+
+    def _limit(self, settings: ModelSettings) -> None:
+        """`model.max_pixels` is of the tiled view: larger canvases are left out."""
+        most = settings.max_pixels
+        if settings.min_pixels is not None or (most is not None and most < self.side**2):
+            raise UserError(f"model.max_pixels must be {self.side**2} or more, min_pixels null.")
+        if most is not None:
+            self.candidates = tuple(c for c in self.candidates if c[0] * c[1] <= most)
 
     def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
         """The whole view and the tiled one; `grid` counts rows and columns of tiles."""

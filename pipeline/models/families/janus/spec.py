@@ -114,6 +114,8 @@ class Janus(Family):
     templates = ("janus-pro",)
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
+        if settings.min_pixels is not None or settings.max_pixels is not None:
+            raise UserError("Janus models make every image one size: leave model.*_pixels null.")
         config = checkpoint.config
         self.converted = is_converted(config)
         self.tower = tower_sizes(config)

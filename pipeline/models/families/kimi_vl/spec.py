@@ -107,6 +107,7 @@ class KimiVL(Family):
         self.default_sampling = default_sampling(checkpoint.generation_config)
         self.sizes = _sizes(text, vision)
         self._read_processor(checkpoint.preprocessor_config, vision)
+        self._limit(settings)
 
     def _read_processor(self, processor: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
         if not processor.get("pad_input", False):
@@ -119,6 +120,15 @@ class KimiVL(Family):
         self.max_patches = int(processor.get("in_token_limit", 4096))
         self.image_mean = tuple(processor.get("image_mean") or _CLIP_MEAN)
         self.image_std = tuple(processor.get("image_std") or _CLIP_STD)
+
+    def _limit(self, settings: ModelSettings) -> None:
+        """`model.max_pixels` counts, as the processor's own limit does, before the padding."""
+        token = (self.patch_size * self.merge_size) ** 2
+        most = settings.max_pixels
+        if settings.min_pixels is not None or (most is not None and most < token):
+            raise UserError(f"model.max_pixels must be {token} or more, min_pixels null.")
+        if most is not None:
+            self.max_patches = min(self.max_patches, most // self.patch_size**2)
 
     def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
         """Shrunk to the patches allowed, then padded below and on the right with black."""
