@@ -98,7 +98,7 @@ class Source(ABC):
     def still_holds(self, path: str, fingerprint: str) -> bool:
         """Whether a file begins, now, with all the rows that it had with that fingerprint."""
         parts = fingerprint.split("-")
-        if len(parts) == 3 and self.beginning(path, int(parts[0])) == parts[1]:
+        if len(parts) == 3 and self.begins_as(path, int(parts[0]), parts[1]):
             return True
         return self.describe(path).fingerprint == fingerprint
 
@@ -123,6 +123,10 @@ class Source(ABC):
                 "with --changed redo."
             )
         self._listed[path] = replace(known, stamp=stamp)
+
+    def begins_as(self, path: str, num_rows: int, digest: str) -> bool:
+        """Whether the first rows of a file, which has more, have this digest."""
+        return self.beginning(path, num_rows) == digest
 
     def beginning(self, path: str, num_rows: int) -> str | None:
         """The digest of a file's first rows; None where it has no more than these."""

@@ -51,8 +51,8 @@ class HubSource(Source):
     def stamp(self, path: str) -> str:
         return self._reader.stamp(path)
 
-    def beginning(self, path: str, num_rows: int) -> str | None:
-        return self._reader.beginning(path, num_rows)
+    def begins_as(self, path: str, num_rows: int, digest: str) -> bool:
+        return self._reader.begins_as(path, num_rows, digest)
 
     def read_rows(self, path: str, start: int, stop: int) -> Iterator[Row]:
         return self._reader.read_rows(path, start, stop)

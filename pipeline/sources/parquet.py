@@ -7,9 +7,9 @@ README for why `pre_buffer` is off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,8 +32,7 @@ class ParquetSource(Source):
     """`input.source: parquet`."""
 
     def schema(self) -> pa.Schema:
-        metadata, _ = _footer(self.address(self.find_paths()[0]))
-        schema = metadata.schema.to_arrow_schema()
+        schema = _footer(self.address(self.find_paths()[0])).schema
         return pa.schema([schema.field(name) for name in self.wanted(schema.names)])
 
     def list_files(self) -> list[InputFile]:
@@ -50,13 +49,16 @@ class ParquetSource(Source):
                     yield from self._read_group(reader, path, group, first, start, stop)
                 first = after
 
-    def beginning(self, path: str, num_rows: int) -> str | None:
+    def begins_as(self, path: str, num_rows: int, digest: str) -> bool:
         address = self.address(path)
-        metadata, _ = _footer(address)
-        if metadata.num_rows <= num_rows:
-            return None
+        footer = _footer(address)
+        if footer.num_rows <= num_rows:
+            return False
         with files.open_binary(address) as file:
-            return _groups_digest(address, file, metadata, num_rows)
+            end = int(digest.partition("_")[0], 16)
+            return digest == _groups_digest(
+                address, file, footer.groups, footer.schema, num_rows, end
+            )
 
     def find_paths(self) -> list[str]:
         """The paths of the input, sorted."""
@@ -64,9 +66,9 @@ class ParquetSource(Source):
 
     def describe(self, path: str) -> InputFile:
         stamp = files.stamp(self.address(path))
-        metadata, (size, fingerprint) = _footer(self.address(path))
-        self.check_columns(metadata.schema.to_arrow_schema().names, path)
-        return InputFile(path, metadata.num_rows, fingerprint, size, stamp)
+        footer = _footer(self.address(path))
+        self.check_columns(footer.schema.names, path)
+        return InputFile(path, footer.num_rows, footer.fingerprint, footer.size, stamp)
 
     def _read_group(
         self, reader: pq.ParquetFile, path: str, group: int, first: int, start: int, stop: int
@@ -79,7 +81,7 @@ class ParquetSource(Source):
         media = self.media(available)
         read = [*columns, *media.values()]
         error: Exception | None = None
-        for batch_rows in (_batch_rows(reader.metadata.row_group(group), set(read)), 1):
+        for batch_rows in (_batch_rows(reader.metadata.row_group(group)), 1):
             try:
                 for record in _records(reader, group, read, batch_rows, number - first):
                     if number >= stop:
@@ -89,7 +91,7 @@ class ParquetSource(Source):
                     number += 1
                 if number >= stop:
                     return
-            except (pa.ArrowException, OSError) as raised:
+            except (pa.ArrowException, OSError, ValueError) as raised:
                 if _is_transient(path, raised):
                     raise files.read_error(path, raised) from raised
                 error = raised
@@ -98,8 +100,18 @@ class ParquetSource(Source):
             yield self.make_row(path, start, lost, dict.fromkeys(columns, damage), damage)
 
 
-def _footer(path: str) -> tuple[pq.FileMetaData, tuple[int, str]]:
-    """The metadata of a file, and its (size, fingerprint)."""
+class _Footer(NamedTuple):
+    """What the end of a file tells."""
+
+    num_rows: int
+    groups: tuple[tuple[int, int], ...]  # rows and bytes of each row group
+    schema: pa.Schema
+    size: int
+    fingerprint: str
+
+
+def _footer(path: str) -> _Footer:
+    """Raises: UserError."""
     try:
         size, version = files.size_and_version(path)
         with files.open_binary(path) as file:
@@ -108,36 +120,56 @@ def _footer(path: str) -> tuple[pq.FileMetaData, tuple[int, str]]:
             if len(tail) < length <= size and tail[-4:] == b"PAR1":
                 tail = _read_at(file, size - length, length)
             metadata = pq.read_metadata(pa.BufferReader(tail))
-            num_rows = metadata.num_rows
-            digest = _groups_digest(path, file, metadata, num_rows) or ""
-            content = blake2b(tail[-length:] + (version or "").encode(), digest_size=16)
-            return metadata, (size, mark(num_rows, digest, content.hexdigest()))
-    except (pa.ArrowException, OSError) as error:
+            groups, schema = _groups(metadata), metadata.schema.to_arrow_schema()
+            if not all(isinstance(name, str) for name in schema.names):
+                raise ValueError("its columns have no names")
+            digest = _groups_digest(path, file, groups, schema, metadata.num_rows, size - length)
+            content = tail[-length:] + (version or "").encode()
+        whole = blake2b(content, digest_size=16).hexdigest()
+        fingerprint = mark(metadata.num_rows, digest or "", whole)
+        return _Footer(metadata.num_rows, groups, schema, size, fingerprint)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is no readable Parquet file: {error}.") from error
 
 
-def _groups_digest(path: str, file: Any, metadata: pq.FileMetaData, num_rows: int) -> str | None:
+def _groups(metadata: pq.FileMetaData) -> tuple[tuple[int, int], ...]:
+    """Rows and bytes of each row group. Raises: ValueError when they do not add up.
+
+    NOTE: `RowGroupMetaData.column` is not used: on a damaged footer pyarrow ends the process there.
+    """
+    numbers = map(metadata.row_group, range(metadata.num_row_groups))
+    groups = tuple((group.num_rows, group.total_byte_size) for group in numbers)
+    if min((rows for rows, _ in groups), default=0) < 0:
+        raise ValueError("a row group has less than no rows")
+    if sum(rows for rows, _ in groups) != metadata.num_rows:
+        raise ValueError("its row groups do not hold the rows that it tells of")
+    return groups
+
+
+def _groups_digest(
+    path: str,
+    file: Any,
+    groups: Sequence[tuple[int, int]],
+    schema: pa.Schema,
+    num_rows: int,
+    end: int,
+) -> str | None:
     """The digest of the row groups that hold the first rows; None when rows end inside a group.
 
-    Of a local file it holds samples of their bytes too; a store tells a version of the whole.
+    Of a local file it holds samples of the bytes before `end` too; a store tells a version of the
+    whole.
     """
-    digest = blake2b(str(metadata.schema.to_arrow_schema()).encode(), digest_size=16)
-    count = end = 0
-    for number in range(metadata.num_row_groups):
+    digest, count = blake2b(str(schema).encode(), digest_size=16), 0
+    for rows, num_bytes in groups:
         if count >= num_rows:
             break
-        group = metadata.row_group(number)
-        count += group.num_rows
-        if group.num_columns:
-            last = group.column(group.num_columns - 1)
-            begin = last.dictionary_page_offset or last.data_page_offset
-            end = begin + last.total_compressed_size
-        digest.update(f"{group.num_rows} {group.total_byte_size} {end} ".encode())
+        count += rows
+        digest.update(f"{rows} {num_bytes} ".encode())
     if count != num_rows:
         return None
     if is_local(path):
         digest.update(files.fingerprint(file, end, None).encode())
-    return digest.hexdigest()
+    return f"{end:x}_{digest.hexdigest()}"
 
 
 def _read_at(file: Any, offset: int, num_bytes: int) -> bytes:
@@ -151,8 +183,10 @@ def _open(path: str) -> pq.ParquetFile:
     try:
         file = path if local else files.open_binary(path)
         buffer = _LOCAL_BUFFER if local else _REMOTE_BUFFER
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer)
-    except (pa.ArrowException, OSError) as error:
+        reader = pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer)
+        _ = reader.schema_arrow, _groups(reader.metadata)
+        return reader
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise files.read_error(path, error) from error
 
 
@@ -172,13 +206,9 @@ def _records(
         yield from records(rest)
 
 
-def _batch_rows(group: Any, columns: set[str]) -> int:
+def _batch_rows(group: Any) -> int:
     """Rows a batch, by the row group's mean row size."""
-    sizes = (group.column(i) for i in range(group.num_columns))
-    chosen = sum(
-        c.total_uncompressed_size for c in sizes if c.path_in_schema.split(".")[0] in columns
-    )
-    mean = max(1, chosen // max(1, group.num_rows))
+    mean = max(1, group.total_byte_size // max(1, group.num_rows))
     return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // mean))
 
 

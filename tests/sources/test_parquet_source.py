@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -329,3 +330,28 @@ def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path, struct: boo
     count, grown_mb = map(int, done.stdout.split())
     assert count == 300
     assert grown_mb < 60
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_random_damage_ends_as_failed_rows_or_one_sentence(
+    tmp_path: Path, compression: str
+) -> None:
+    """Of the footer above all: there pyarrow can end the whole process."""
+    path = tmp_path / "x.parquet"
+    whole = Path(numbered(path, 30, compression=compression, row_group_size=10)).read_bytes()
+    rng = random.Random(compression)
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    for number in range(300):
+        data = bytearray(whole)
+        first = 0 if number % 3 == 0 else len(data) - footer
+        for _ in range(rng.choice((1, 2, 5))):
+            data[rng.randrange(first, len(data))] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            source = opened(path, id="id")
+            (file,) = source.files()
+            rows = list(source.read(file.path, 0, file.num_rows))
+        except (UserError, EngineError):
+            continue
+        assert len(rows) == file.num_rows
+        assert {r.error.code for r in rows if r.error} <= {"bad_row", "duplicate_id"}
