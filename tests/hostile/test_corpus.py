@@ -33,7 +33,7 @@ INPUTS: dict[str, dict[str, Any]] = {  # by table; all others are Parquet with t
     "numbers": {"id": None},
     "messages": {"messages": "messages"},
     "mixed": {"source": "openai", "image": None},
-    "remote": {"remote": True, "remote_timeout_sec": 1.0},
+    "remote": {"remote": True, "remote_timeout_sec": 2.5},
 }
 TABLES = (
     "files", "paths", "lists", "texts", "messages", "remote", "remote_off", "nested", "numbers",
