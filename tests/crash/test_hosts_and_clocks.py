@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.helpers.job_folder import JobFolder, end, make_job
@@ -140,9 +139,9 @@ def test_pauses_of_two_runs(tmp_path: Path, wanted: list[dict[str, Any]], tally:
         run = runs[turn % 2]
         if run.poll() is not None:
             break
-        psutil.Process(run.pid).suspend()
+        run.send_signal(signal.SIGSTOP)
         time.sleep(0.2 + 0.15 * (turn % 4))
-        psutil.Process(run.pid).resume()
+        run.send_signal(signal.SIGCONT)
         tally.injected("SIGSTOP")
         assert time.monotonic() < until
     ends = [run.communicate(timeout=60) for run in runs]
