@@ -6,6 +6,7 @@ bounded memory. A row that cannot be read is still a row: it carries a RowError.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -98,8 +99,9 @@ class Source(ABC):
     def still_holds(self, path: str, fingerprint: str) -> bool:
         """Whether a file begins, now, with all the rows that it had with that fingerprint."""
         parts = fingerprint.split("-")
-        if len(parts) == 3 and self.begins_as(path, int(parts[0]), parts[1]):
-            return True
+        with contextlib.suppress(OSError):  # `describe` says what is wrong with the file
+            if len(parts) == 3 and self.begins_as(path, int(parts[0]), parts[1]):
+                return True
         return self.describe(path).fingerprint == fingerprint
 
     def describe(self, path: str) -> InputFile:

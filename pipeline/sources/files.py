@@ -9,8 +9,11 @@ import glob
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -157,6 +160,15 @@ def in_threads(work: Callable[[str], _T], paths: Sequence[str]) -> list[_T]:
         return [work(path) for path in paths]
     with ThreadPoolExecutor(min(16, len(paths))) as pool:
         return list(pool.map(work, paths))
+
+
+@contextmanager
+def damage_as_os_error() -> Iterator[None]:
+    """Turns what decompressors and archives raise of damaged files into OSError."""
+    try:
+        yield
+    except (EOFError, zlib.error, tarfile.TarError, OverflowError, UnicodeDecodeError) as error:
+        raise OSError(f"it is damaged: {error}") from error
 
 
 def read_error(path: str, error: BaseException) -> EngineError:

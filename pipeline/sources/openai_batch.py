@@ -7,6 +7,7 @@ nothing of what the messages mean.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 from array import array
@@ -51,7 +52,7 @@ class OpenAIBatchSource(Source):
             self._places[path] = places = array("q")
             digest, count = _digest(path, places=places)
             size, _ = files.size_and_version(path)
-        except (OSError, EOFError) as error:
+        except OSError as error:
             raise UserError(f"{path} cannot be read: {error}.") from error
         return InputFile(path, count, mark(count, digest, ""), size, stamp)
 
@@ -70,7 +71,7 @@ class OpenAIBatchSource(Source):
                     return
                 if number >= start:
                     yield self._row(path, start, number, line)
-        except (OSError, EOFError) as error:
+        except OSError as error:
             raise files.read_error(path, error) from error
         if number + 1 < stop:
             raise files.read_error(path, ValueError("it has fewer lines than it had"))
@@ -89,11 +90,12 @@ class OpenAIBatchSource(Source):
 
     def _first_record(self) -> dict[str, Any]:
         for path in files.expand(self.settings.path, (".jsonl", ".jsonl.gz", ".ndjson")):
-            for _, line in _lines(path):
-                try:
-                    return _record(line)
-                except RowError:
-                    continue
+            try:
+                for _, line in _lines(path):
+                    with contextlib.suppress(RowError):
+                        return _record(line)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error}.") from error
         return {}
 
 
@@ -133,7 +135,7 @@ def _lines(path: str, offset: int = 0) -> Iterator[tuple[int, bytes]]:
 
     Of a line that is too long its beginning, a little too long.
     """
-    with files.open_binary(path, sequential=True) as raw:
+    with files.damage_as_os_error(), files.open_binary(path, sequential=True) as raw:
         file = cast(BinaryIO, gzip.open(raw)) if path.endswith(".gz") else raw
         file.seek(offset)
         while line := file.readline(MAX_LINE_BYTES + 1):

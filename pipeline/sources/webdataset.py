@@ -72,7 +72,7 @@ class WebDatasetSource(Source):
                         return
                     if number >= start:
                         yield self._row(tar, path, start, number, key, members)
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except OSError as error:
             raise files.read_error(path, error) from error
         if number + 1 < stop:
             raise files.read_error(path, ValueError("it has fewer samples than it had"))
@@ -115,9 +115,12 @@ class WebDatasetSource(Source):
 
     def _first_record(self) -> dict[str, Any]:
         for path in self.find_paths():
-            with _open(self.address(path)) as tar:
-                for key, members in _samples(tar):
-                    return _record(tar, key, members)
+            try:
+                with _open(self.address(path)) as tar:
+                    for key, members in _samples(tar):
+                        return _record(tar, key, members)
+            except OSError as error:
+                raise UserError(f"{path} is no readable tar file: {error}.") from error
         return {}
 
 
@@ -160,7 +163,7 @@ def _content(tar: tarfile.TarFile, member: _Member) -> bytes:
 
 @contextmanager
 def _open(path: str) -> Iterator[tarfile.TarFile]:
-    with files.open_binary(path, sequential=True) as raw:
+    with files.damage_as_os_error(), files.open_binary(path, sequential=True) as raw:
         if path.endswith(".tar"):
             with tarfile.open(fileobj=raw, mode="r:") as tar:
                 yield tar
@@ -204,7 +207,7 @@ def _input_file(path: str) -> InputFile:
         digest, count = _digest(path)
         with files.open_binary(path) as raw:
             content = files.fingerprint(raw, size, version)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except OSError as error:
         raise UserError(f"{path} is no readable tar file: {error}.") from error
     return InputFile(path, count, mark(count, digest, content), size, stamp)
 
