@@ -108,7 +108,7 @@ def test_a_folder_that_nobody_may_write(
     job = _job_on(disk, tmp_path)
     run = job.start_run(env={"FAKE_DELAY_SEC": "0.02"})
     job.wait_for_answers(15)
-    folder = job.out / name
+    (folder,) = job.wait_for(name)
     if subprocess.run(["chattr", "+i", str(folder)], capture_output=True).returncode:
         run.kill()
         run.communicate(timeout=20)
