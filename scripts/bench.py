@@ -124,12 +124,15 @@ def run_labeller(
     seeds = [workloads.repetition_seed(args.seed, number) for number in range(-1, reps)]
     rows = [WARMUP_ANSWERS[device.split(":")[0]]] + [args.rows] * reps
     loads = [workloads.make(name, n, seed) for n, seed in zip(rows, seeds, strict=True)]
+    warmups = [loads.pop(0)]
+    if device.startswith("cuda"):
+        warmups.append(workloads.thumbnails(warmups[0], args.rows))
     options = overrides(args, "model")
     engine = {"device": device} | overrides(args, "engine")
-    chosen = measure.settings(model, loads, engine, options)
+    chosen = measure.settings(model, warmups + loads, engine, options)
     if args.memory_limit and device.startswith("cuda"):
         measure.cap_memory(args.memory_limit)
-    found = measure.measure(chosen, loads[0], loads[1:])
+    found = measure.measure(chosen, warmups, loads)
     row = summary.row(found, device)
     return row | summary.of_the_limit(found, model, device, options, args.roofline)
 

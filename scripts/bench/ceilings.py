@@ -46,7 +46,7 @@ def measure(shapes: Shapes, device: str, peaks: Peaks, quantization: str = "none
     bench = _Bench(device, cuda_seconds if on_gpu else cpu_seconds)
     scaled = quantization == "fp8" and on_gpu
     found = Ceilings(
-        vision=bench.products(rows, _vision_maps(shapes)),
+        vision=bench.products(rows, _vision_maps(shapes), scaled),
         vision_attention=bench.attention(
             (1, shapes.vision_heads, VISION_PATCHES if on_gpu else 256, shapes.vision_head_dim),
             causal=False,

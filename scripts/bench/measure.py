@@ -127,7 +127,7 @@ def _rows(workload: Workload, name: str) -> Iterator[Row]:
         yield Row(f"{name}:{index}", index, {}, (ImageRef(data=data),))
 
 
-def measure(chosen: LabelSettings, warmup: Workload, loads: list[Workload]) -> Measurement:
+def measure(chosen: LabelSettings, warmups: list[Workload], loads: list[Workload]) -> Measurement:
     """Open the model, warm it up, and time every workload."""
     from pipeline.labeller import Labeller
 
@@ -136,7 +136,8 @@ def measure(chosen: LabelSettings, warmup: Workload, loads: list[Workload]) -> M
     opened = time.perf_counter()
     try:
         prompts = frozenset(chosen.prompts)
-        list(labeller.label([shard(warmup, "warmup", prompts)]))
+        for number, warmup in enumerate(warmups):
+            list(labeller.label([shard(warmup, f"warmup{number}", prompts)]))
         found = Measurement(opened - started, time.perf_counter() - opened)
         _reset_peak(labeller)
         for number, workload in enumerate(loads):

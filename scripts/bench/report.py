@@ -47,7 +47,7 @@ def on_gpu(work: str, quantization: str = "none", model: str = "random 7b") -> R
 def vllm(work: str) -> Row | None:
     """vLLM's part of the last row that has one, in bf16."""
     row = on_gpu(work)
-    return row.get("vllm") if row else None
+    return (row.get("vllm") if row else None) or latest(f"{work}/vllm")
 
 
 def measured() -> str:
@@ -70,16 +70,13 @@ def measured() -> str:
 
 def table() -> str:
     """Workloads down, engines across, in rows a second."""
-    lines = [
-        "| workload (rows/s) | bf16 | fp8 | vLLM, bf16 | ours : vLLM | share of the bf16 limit |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ("bf16", "fp8", "vLLM, bf16", "bf16 : vLLM", "fp8 : vLLM", "of the bf16 limit")
+    lines = [f"| workload (rows/s) | {' | '.join(head)} |", "| --- " * 7 + "|"]
     for work in workloads.NAMES:
         plain, eight, peer = on_gpu(work), on_gpu(work, "fp8"), vllm(work)
         share = f"{plain['share_of_peak']:.0%}" if plain else "–"
-        ratio = f"{peer['ratio']:.2f}" if peer else "–"
-        theirs = _rate(peer) if peer else "–"
-        cells = (KINDS[work], _rate(plain), _rate(eight), theirs, ratio, share)
+        ratios = (_ratio(plain), _ratio(eight))
+        cells = (KINDS[work], _rate(plain), _rate(eight), _rate(peer), *ratios, share)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_notes()])
 
@@ -119,7 +116,7 @@ def _notes() -> list[str]:
     if row := latest("feeder"):
         notes.append(
             f"The host alone decodes and hands over {row['images_per_s']:.0f} images a second "
-            f"(1024×768) with {row['workers']} decoding on {row['cores']} cores, "
+            f"(1024×768) on {row['cores']} cores, of which {row['workers']} to decode, "
             f"{row['worker_ms_an_image']:.1f} ms of a core an image."
         )
     return [f"- {note}" for note in notes]
@@ -146,6 +143,11 @@ def _fp8_notes() -> list[str]:
         f"{row['same_text']:.1%} of the answers letter for letter the same, "
         f"{points:.1f} points of right answers lost."
     ]
+
+
+def _ratio(row: Row | None) -> str:
+    """Ours to vLLM's bf16 on the same rows."""
+    return f"{row['vllm']['ratio']:.2f}" if row and "vllm" in row else "–"
 
 
 def _rate(row: Row | None) -> str:

@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +24,7 @@ PLAIN_SYSTEM = "You are a helpful assistant."
 DESCRIBE = "Describe this image in detail."
 PHOTO = (1024, 768)
 PAGE = (1275, 1650)
+THUMBNAIL = (256, 192)
 NUM_SCENES = 32  # drawn instead of photographs where none is installed
 SCRAPED = ((512, 384), (640, 480), (800, 600), (768, 1024), (1024, 768), (1280, 960))
 QUESTIONS = {
@@ -79,6 +80,22 @@ def make(name: str, num_answers: int, seed: int) -> Workload:
     if name == "caption":
         return _photos(name, [PHOTO] * num_answers, [128] * num_answers, seed)
     raise ValueError(f"unknown workload {name!r}; there are {', '.join(NAMES)}")
+
+
+def thumbnails(load: Workload, num_answers: int) -> Workload:
+    """A warm-up for a workload: small images, and answers that end one after another.
+
+    As many lanes as the workload fills run at first, and fewer and fewer then, so that every
+    count of lanes has been seen; takes seconds.
+    """
+    num_images = max(1, num_answers // len(load.prompts))
+    small = _photos("warmup", [THUMBNAIL] * num_images, range(num_images), 99)
+    return replace(
+        load,
+        images=small.images,
+        sizes=small.sizes,
+        output_tokens=tuple(2 + i % 32 for i in range(num_images)),
+    )
 
 
 def asked(text: str, reps: int) -> list[tuple[str, int]]:

@@ -30,6 +30,15 @@ def test_images_have_the_sizes_that_are_named(name: str) -> None:
     assert tuple(Image.open(io.BytesIO(data)).size for data in load.images) == load.sizes
 
 
+def test_a_warm_up_passes_every_number_of_lanes() -> None:
+    load = workloads.make("vqa", 24, 1)
+    warm = workloads.thumbnails(load, 24)
+    assert (warm.prompts, warm.num_answers) == (load.prompts, 24)
+    assert Image.open(io.BytesIO(warm.images[0])).size == workloads.THUMBNAIL
+    chosen = measure.settings("demo", [warm, load], {"device": "cpu"}, {})
+    assert {p.max_new_tokens for p in chosen.prompts.values()} == {2, 3, 4, 16}
+
+
 def test_vqa_asks_eight_questions_of_each_image() -> None:
     load = workloads.make("vqa", 24, 1)
     assert (len(load.images), load.num_answers) == (3, 24)

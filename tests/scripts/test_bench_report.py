@@ -51,7 +51,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_table_takes_the_latest_rows(rows: None) -> None:
     caption = next(line for line in report.table().splitlines() if line.startswith("| caption"))
     assert [cell.strip() for cell in caption.split("|")[2:-1]] == [
-        "31.5", "45.0", "18.0", "1.75", "50%",
+        "31.5", "45.0", "18.0", "1.75", "–", "50%",
     ]  # fmt: skip
     assert "3B shapes: 70.0" in report.table()
     assert "1.75 × vLLM 0.23.0" in report.measured()
