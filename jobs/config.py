@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from jobs.yaml_source import YamlSource, parse_yaml
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_secrets
 from pipeline.settings import LabelSettings, PromptSettings, Settings
 
 RESERVED_COLUMNS = ("row_id", "status", "error_code", "error", "meta")
@@ -29,8 +29,6 @@ SHORT_KEYS = {
     "output": "output.path",
 }
 _PROMPT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
-_MASK = "***@"
 
 
 class OutputSettings(Settings):
@@ -316,7 +314,7 @@ def _mask(value: Any) -> Any:
         return {key: _mask(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_mask(inner) for inner in value]
-    return _USERINFO.sub(_MASK, value.replace("${", "$${")) if isinstance(value, str) else value
+    return without_secrets(value.replace("${", "$${")) if isinstance(value, str) else value
 
 
 def _json(values: Any) -> Any:

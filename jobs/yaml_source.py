@@ -21,6 +21,8 @@ Path = tuple[str | int, ...]
 _REFERENCE = re.compile(r"\$(\$\{)|\$\{([^}]*)\}")
 _NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|PWD|CRED|AUTH", re.IGNORECASE)
+_MAX_VALUES = 100_000  # of one document, aliases written out
+_MAX_DEPTH = 64
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 
 
@@ -83,18 +85,23 @@ def parse_yaml(text: str, name: str, env: Mapping[str, str] | None = None) -> Ya
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        problem = error.problem or error.context
-        if problem == "mapping values are not allowed here":
-            problem += " (a text that holds `: ` needs quotes)"
+        written = "".join(text.splitlines()[mark.line :][:1]) if mark else ""
+        problem = _explain(error.problem or error.context or "", written)
         raise UserError(f"{name}{line}: not valid YAML: {problem}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: not valid YAML: {error}.") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: not valid YAML: {reason}.") from error
+    except RecursionError as error:
+        raise _too_deep(name) from error
     if node is None:
         return YamlSource(name, {})
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{name}, line 1: a config is a mapping of keys to values.")
     builder = _Builder(name, os.environ if env is None else env)
-    values = builder.build(node, ())
+    try:
+        values = builder.build(node, ())
+    except RecursionError as error:  # a merge key that leads to itself
+        raise _too_deep(name) from error
     return YamlSource(name, values, builder.places, builder.secrets)
 
 
@@ -136,8 +143,14 @@ class _Builder:
         self.fixed_place = fixed_place
         self.places: dict[Path, str] = {}
         self.secrets: dict[str, str] = {}
+        self.num_values = 0
 
     def build(self, node: yaml.Node, path: Path) -> Any:
+        self.num_values += 1
+        if self.num_values > _MAX_VALUES:
+            raise UserError(f"{self._place(node)}: a config has at most {_MAX_VALUES:,} values.")
+        if len(path) > _MAX_DEPTH:
+            raise _too_deep(self._place(node))
         self.places.setdefault(path, self._place(node))
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
@@ -145,15 +158,26 @@ class _Builder:
             return [self.build(child, (*path, i)) for i, child in enumerate(node.value)]
         return self._scalar(node, path)
 
+    def _merge(self, node: yaml.MappingNode) -> None:
+        """Write merge keys (`<<: *anchor`) out in place, each key once; own keys win."""
+        own: set[str] = set()
+        for key_node, _child in node.value:
+            key = str(key_node.value)
+            if key in own:
+                raise UserError(f"{self._place(key_node)}: the key `{key}` stands here twice.")
+            own.add(key)
+        try:
+            _loader().flatten_mapping(node)
+        except yaml.MarkedYAMLError as error:
+            raise UserError(f"{self._place(node)}: not valid YAML: {error.problem}.") from error
+        node.value = list({str(pair[0].value): pair for pair in node.value}.values())
+
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
-        _loader().flatten_mapping(node)  # merge keys: `<<: *anchor`
+        self._merge(node)
         values: dict[str, Any] = {}
         for key_node, child in node.value:
             key = str(key_node.value)
-            place = self._place(key_node)
-            if key in values and (*path, key) in self.places:
-                raise UserError(f"{place}: the key `{key}` stands here twice.")
-            self.places[(*path, key)] = place
+            self.places[(*path, key)] = self._place(key_node)
             values[key] = self.build(child, (*path, key))
         return values
 
@@ -174,6 +198,19 @@ class _Builder:
         return self.fixed_place or f"{self.name}, line {node.start_mark.line + 1}"
 
 
+def _explain(problem: str, written: str) -> str:
+    """The parser's words, with what to write instead where that is known."""
+    if problem == "mapping values are not allowed here":
+        return problem + " (a text that holds `: ` needs quotes)"
+    if re.search(r"[\[{].*\$\{", written):
+        return problem + " (inside `{ }` or `[ ]`, a text with `${NAME}` needs quotes)"
+    return problem
+
+
+def _too_deep(place: str) -> UserError:
+    return UserError(f"{place}: a config nests at most {_MAX_DEPTH} levels.")
+
+
 def _loader() -> yaml.SafeLoader:
     return yaml.SafeLoader("")
 
@@ -187,6 +224,8 @@ def _compose_value(text: str, place: str) -> yaml.Node:
         if text.lstrip()[:1] in ("[", "{"):
             raise UserError(f"{place}: {text!r} is not valid YAML.") from error
         return plain
+    except RecursionError as error:
+        raise _too_deep(place) from error
     if node is None:
         return yaml.ScalarNode("tag:yaml.org,2002:null", "null", _mark(), _mark())
     is_flow = getattr(node, "flow_style", True)

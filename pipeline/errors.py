@@ -5,6 +5,7 @@ Knows nothing of where errors are stored or how often anything is tried again. I
 
 from __future__ import annotations
 
+import re
 from types import MappingProxyType
 
 CODES = MappingProxyType(
@@ -67,12 +68,34 @@ CODES = MappingProxyType(
 )
 
 
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/@\s]+@"), "***@"),
+    (re.compile(r"\bA[KS]IA[0-9A-Z]{12,}(:[^@\s]+(?=@))?"), "***"),
+    (
+        re.compile(
+            r"([?&](?:[\w-]*(?:signature|credential|token|password|secret|api-?_?key)|sig|"
+            r"awsaccesskeyid)=)[^&#\s'\"]+",
+            re.IGNORECASE,
+        ),
+        r"\1***",
+    ),
+)
+
+
+def without_secrets(text: str) -> str:
+    """`text` without what opens doors: users in addresses, AWS keys, signatures in queries."""
+    for pattern, mask in _SECRETS:
+        text = pattern.sub(mask, text)
+    return text
+
+
 class RowError(Exception):
     """Ends one row: a code of `CODES` and a sentence for the person who reads the output."""
 
     def __init__(self, code: str, message: str | None = None) -> None:
         if code not in CODES:
             raise ValueError(f"unknown row error code {code!r}")
+        message = message and without_secrets(message)
         super().__init__(code, message)
         self.code = code
         self.message = message or CODES[code]
@@ -81,9 +104,16 @@ class RowError(Exception):
         return self.message
 
 
-class EngineError(Exception):
+class _Told(Exception):
+    """Told to people, in logs and on terminals: without secrets."""
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
+
+
+class EngineError(_Told):
     """Ends the attempt: the device or the model is unusable, another attempt may succeed."""
 
 
-class UserError(Exception):
+class UserError(_Told):
     """The user's mistake: one sentence that says what is wrong and what to write instead."""

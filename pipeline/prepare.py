@@ -7,16 +7,14 @@ be prepared becomes failed answers. Knows no batch and no device. Imports no tor
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from pipeline import images, video
-from pipeline.errors import RowError, UserError
+from pipeline.errors import RowError
 from pipeline.models.family import GREEDY_BELOW, Family, check_inputs
 from pipeline.prompts import PromptText, message_turns, prompt_turns
 from pipeline.rows import (
@@ -32,6 +30,7 @@ from pipeline.rows import (
     SamplingParams,
     Turn,
 )
+from pipeline.schemas import schema_text
 from pipeline.settings import GenerationSettings, LabelSettings, PromptSettings
 from pipeline.tokenizer import Tokenizer
 from pipeline.video_probe import VideoProber
@@ -240,27 +239,6 @@ def sampling_params(
     if chosen.get("temperature", 0.0) < GREEDY_BELOW:
         chosen["temperature"] = 0.0
     return SamplingParams(stop_token_ids=family.eos_token_ids, **chosen)
-
-
-def schema_text(name: str, prompt: PromptSettings) -> str | None:
-    """The prompt's JSON schema as compact text, its keys in their order; a path is read here."""
-    schema = prompt.schema_
-    if schema is None:
-        return None
-    if isinstance(schema, str):
-        schema = _read_schema(name, schema)
-    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
-
-
-def _read_schema(name: str, source: str) -> Any:
-    try:
-        text = source if source.lstrip().startswith("{") else Path(source).read_text("utf-8")
-        schema = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"prompt {name!r}: schema {source!r} cannot be read: {error}") from error
-    if not isinstance(schema, dict):
-        raise UserError(f"prompt {name!r}: schema {source!r} is no JSON object")
-    return schema
 
 
 def _seeded(sampling: SamplingParams, row_id: str, prompt: str) -> SamplingParams:

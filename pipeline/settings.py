@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class Settings(BaseModel):
     """Base of all settings: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelSettings(Settings):
@@ -145,7 +147,9 @@ class GenerationSettings(Settings):
 class EngineSettings(Settings):
     """How the device is used; nothing here changes an answer but `deterministic`."""
 
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field(
+        "auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N."
+    )
     memory_fraction: float = Field(
         0.9, gt=0, le=1, description="Share of the card's memory to take; 1 leaves nothing over."
     )

@@ -33,6 +33,9 @@ def choose_device(settings: EngineSettings) -> torch.device:
         raise UserError(f"engine.device is {name!r}, but torch sees no CUDA device.")
     device = torch.device(name)
     if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise UserError(f"engine.device is {name!r}, but torch sees {found} CUDA devices.")
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     return device

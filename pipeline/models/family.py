@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.rows import ImageLayout, PlacedImage, Turn, VideoInfo
+from pipeline.schemas import check_schema
 from pipeline.settings import LabelSettings, VideoSettings
 from pipeline.templates.render import Control, Piece, Template, render
 
@@ -164,6 +165,8 @@ def check_inputs(family: Family, settings: LabelSettings) -> None:
                 f"input.{kind} names the column {column!r}, and {settings.model.id} takes no"
                 f" {kind}; `vlm-batch models` says which families do"
             )
+    for name, prompt in settings.prompts.items():
+        check_schema(name, prompt)
 
 
 def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:

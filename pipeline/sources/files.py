@@ -22,6 +22,7 @@ from pipeline.stores import StoreFile, filesystem_of, is_local, patiently
 
 _MAGIC = "*?["
 _PINNED = re.compile(r"@[0-9a-f]{40}/")  # an address of the hub that names a commit
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "VersionId")
 _T = TypeVar("_T")
@@ -68,6 +69,11 @@ def _hidden(name: str) -> bool:
 
 
 def _expand_remote(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    if _PASSWORD.search(path):
+        raise UserError(
+            f"input.path {path!r} holds a password, which the run folder would keep: give it "
+            "to the store's own configuration or environment."
+        )
     try:
         filesystem, name = filesystem_of(path)
         names = patiently(lambda: _list(filesystem, name, suffixes))
