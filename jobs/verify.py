@@ -219,6 +219,10 @@ def _check_input(manifest: Manifest, plan: Plan, verdict: Verdict) -> None:
     from jobs.job import open_config_source
 
     config = manifest.job_config()
+    limit = config.input.limit
+    if limit is not None and plan.num_rows > limit:  # a later run was allowed more
+        raised = config.input.model_copy(update={"limit": plan.num_rows})
+        config = config.model_copy(update={"input": raised})
     try:
         source = open_config_source(config)
         files = source.files()

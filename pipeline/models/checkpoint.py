@@ -163,7 +163,11 @@ class Checkpoint:
 
     def _indexed(self, name: str) -> list[Path]:
         weight_map = (self.json(name) or {}).get("weight_map", {})
-        return [self.folder / file for file in sorted(set(weight_map.values()))]
+        files = sorted(set(weight_map.values()))
+        for file in files:
+            if Path(file).name != file:
+                raise UserError(f"{self.folder / name} names {file!r}, which is no file beside it")
+        return [self.folder / file for file in files]
 
     def _has(self, pattern: str) -> bool:
         return any(self.folder.glob(pattern))

@@ -151,13 +151,21 @@ def list_families() -> list[dict[str, Any]]:
     ]
 
 
+_PARTS = ("text_config", "language_config", "vision_config", "audio_config")
+
+
 def family_for(checkpoint: Checkpoint, settings: ModelSettings) -> Family:
     """The family of `checkpoint`. Raises UserError where none fits, or the template does not."""
+    for part in _PARTS:
+        if not isinstance(checkpoint.config.get(part) or {}, dict):
+            raise UserError(
+                f"model.id {settings.id!r}: {part} in its config.json is no JSON object"
+            )
     for entry in FAMILIES:
         spec = import_module(entry.spec)
         if spec.matches(checkpoint.config):
             _check_template(settings.chat_template, entry.name, entry.templates)
-            family: Family = spec.build(checkpoint, settings)
+            family = _build(spec, entry.name, checkpoint, settings)
             if settings.pan_and_scan and not family.pans_and_scans:
                 raise UserError(
                     f"model.pan_and_scan is Gemma 3's; this {entry.name} model has none"
@@ -170,6 +178,18 @@ def family_for(checkpoint: Checkpoint, settings: ModelSettings) -> Family:
         f" (model_type {config.get('model_type')!r}, architectures {config.get('architectures')});"
         " `vlm-batch models` lists them"
     )
+
+
+def _build(spec: Any, name: str, checkpoint: Checkpoint, settings: ModelSettings) -> Family:
+    """The spec's family. Raises UserError where values of the checkpoint's files make none."""
+    try:
+        family: Family = spec.build(checkpoint, settings)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"model.id {settings.id!r}: its config files describe no {name} model ({reason})"
+        ) from error
+    return family
 
 
 def _check_template(wanted: str, family: str, templates: tuple[str, ...]) -> None:

@@ -179,3 +179,13 @@ def test_events_are_lines_of_json(job: JobFolder) -> None:
     assert kinds[0] == "start"
     assert kinds[-1] == "end"
     assert kinds.count("commit") == 4
+
+
+def test_a_limit_that_was_raised_later(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job", 24, rows_per_shard=6, input={"limit": 8})
+    assert job.run().returncode == 0
+    assert job.run("--set", "input.limit=20").returncode == 0
+    told = job.call("verify", str(job.out))
+    assert told.returncode == 0, told.stdout
+    assert "20 of 20 planned rows" in told.stdout
+    assert "the input has 20 rows" in told.stdout
