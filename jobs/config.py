@@ -244,8 +244,8 @@ def _explain_one(error: dict[str, Any], source: YamlSource) -> str:
         return f"{place}: {error['ctx']['error']}" if "ctx" in error else f"{place}: {error['msg']}"
     value = error.get("input")
     shown = f", not {value!r}" if isinstance(value, str | int | float | bool | None) else ""
-    message = error["msg"].removeprefix("Input should be ")
-    return f"{place}: `{dotted}` should be {message}{shown}"
+    message = error["msg"].removeprefix("Input ").removeprefix("String ")
+    return f"{place}: `{dotted}` {message}{shown}"
 
 
 def _walk(

@@ -36,6 +36,10 @@ from pipeline.errors import UserError
 
 FILE_BYTES = 256 << 20  # a new file of a folder begins behind as many
 
+_OTHER_FORMATS = frozenset(
+    {".csv", ".tsv", ".json", ".ndjson", ".arrow", ".feather", ".xlsx", ".txt", ".tar", ".gz"}
+)
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -61,6 +65,11 @@ def export(
 
     Raises: UserError.
     """
+    suffix = Path(out).suffix.lower()
+    if suffix in _OTHER_FORMATS and not out.startswith("hf://"):
+        raise UserError(
+            f"{out}: export writes OUT.parquet, OUT.jsonl or a folder, no {suffix} file."
+        )
     if "://" not in out or out.startswith("file://"):
         return _export_here(path, out.removeprefix("file://"), selection, force=force)
     if out.startswith("hf://"):

@@ -199,7 +199,8 @@ def _read_store(path: str, max_bytes: int) -> bytes:
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise RowError("missing_file", f"{_short(path)} does not exist.") from None
     except (OSError, ImportError, ValueError) as error:
-        raise RowError("remote_failed", f"{_short(path)} cannot be read: {error}.") from None
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise RowError("remote_failed", f"{_short(path)} cannot be read: {reason}.") from None
     if data is None:
         raise _too_large(max_bytes)
     return data

@@ -60,7 +60,8 @@ def command(
         export_to=Path(export_to).absolute() if export_to is not None else None,
     )
     if dry_run:
-        click.echo(script(task), nl=False)
+        text = script(task)
+        emit({"script": text, "dry_run": True}, text.rstrip("\n"), as_json)
         return
     Inputs.open(job_config).check_run_folder()
     ids = submit(task)

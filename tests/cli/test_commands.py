@@ -201,3 +201,8 @@ def test_a_foreign_pipeline_package_is_named(job: JobFolder) -> None:
     )
     assert ended.returncode == 2
     assert "not beside" in ended.stderr
+
+
+def test_a_script_as_json(job: JobFolder) -> None:
+    plain = job.call("submit", str(job.config), "--dry-run").stdout
+    assert as_json(job.call("submit", str(job.config), "--dry-run", "--json"))["script"] == plain

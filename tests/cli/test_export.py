@@ -149,3 +149,11 @@ def test_one_place_to_write_to(job: JobFolder, tmp_path: Path) -> None:
         done = job.call("export", str(job.out), *places)
         assert done.returncode == 2
         assert "one place" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.JSON", "out.parquet.gz"])
+def test_a_format_that_is_not_written_is_refused(job: JobFolder, tmp_path: Path, name: str) -> None:
+    told = job.call("export", str(job.out), str(tmp_path / name))
+    assert told.returncode == 2
+    assert "export writes OUT.parquet, OUT.jsonl or a folder" in told.stderr
+    assert not (tmp_path / name).exists()
