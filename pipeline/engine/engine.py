@@ -94,8 +94,7 @@ class Engine:
                     yield from self._collect(0)
             elif not self.running and self.scheduler.waiting and not self.draining:
                 self.scheduler.reject_stuck()
-            for release in self.scheduler.releases():
-                release()
+            self.scheduler.batch_has_run()
             if self.running:
                 self._step()
             lag = 1 if self.settings.overlap and not self._mode.guided else 0
@@ -133,10 +132,10 @@ class Engine:
         pixels = [_Pixels(uploaded, i) for i in uploaded.images]
         values = [p.image if isinstance(p.image, RowError) else p for p in pixels]
         if isinstance(fed.item, Prefix):
-            self.scheduler.add_prefix(fed.item, values, _nothing)
+            self.scheduler.add_prefix(fed.item, values)
         else:
             assert isinstance(fed.item, Group)
-            self.scheduler.add_group(fed.item, values, _nothing)
+            self.scheduler.add_group(fed.item, values)
 
     # 2. prefill
 
@@ -353,10 +352,6 @@ class _Pixels:
 
     uploaded: Uploaded
     image: Any
-
-
-def _nothing() -> None:
-    """Images were copied when they came, so there is nothing to give back."""
 
 
 def _lane_start(sequence: Sequence) -> LaneStart:

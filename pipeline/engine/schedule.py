@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,6 @@ class GroupWork:
     prefix: PrefixWork | None
     waiting: deque[Request] = field(default_factory=deque)
     shared: Extent | None = None  # taken with the first request
-    release: Any = None  # gives the fed images back
     error: RowError | None = None  # its shared tokens could not be computed
     num_admitted: int = 0
     states: Any = None  # of the shared images, where layers attend to them
@@ -112,7 +112,7 @@ class Scheduler:
         self.prefix: PrefixWork | None = None
         self.waiting: deque[GroupWork] = deque()
         self.rejected: list[Completion] = []
-        self._to_release: list[Any] = []
+        self._afterwards: list[Callable[[], None]] = []
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -123,16 +123,14 @@ class Scheduler:
             return group.num_prefill_tokens
         return group.num_prefill_tokens + sum(i.layout.state_cost for i in group.images)
 
-    def add_prefix(self, prefix: Prefix, pixels: Seq[Any], release: Any) -> None:
+    def add_prefix(self, prefix: Prefix, pixels: Seq[Any]) -> None:
         """Make `prefix` the current one for the groups that follow."""
         if self.prefix is not None and self.prefix.same_as(prefix):
-            release()
             return
         old, self.prefix = self.prefix, None
         if old is not None:
             self.pool.give(old.extent)
         if len(prefix.tokens) == 0:
-            release()
             return
         images = tuple(zip(prefix.images, pixels, strict=True))
         error = next((p for _, p in images if isinstance(p, RowError)), None)
@@ -140,22 +138,20 @@ class Scheduler:
         if extent is None:
             error = error or RowError("out_of_memory", "The shared prefix does not fit the cache.")
             self.prefix = PrefixWork(prefix, Extent(0, 0), None, error)
-            release()
             return
         self.prefix = PrefixWork(prefix, extent, None)
         self.prefix.piece = Piece(
             prefix.tokens, prefix.positions, 0, len(prefix.tokens), extent, (), images,
             owner=self.prefix,
         )  # fmt: skip
-        self._to_release.append(release)
 
-    def add_group(self, group: Group, pixels: Seq[Any], release: Any) -> None:
+    def add_group(self, group: Group, pixels: Seq[Any]) -> None:
         have = len(self.prefix.prefix.tokens) if self.prefix is not None else 0
         if group.num_prefix_tokens not in (0, have):
             raise ValueError(
                 f"a group counts on {group.num_prefix_tokens} prefix tokens, not {have}"
             )
-        work = GroupWork(group, tuple(pixels), self.prefix, deque(group.requests), None, release)
+        work = GroupWork(group, tuple(pixels), self.prefix, deque(group.requests))
         self.waiting.append(work)
         if self.prefix is not None and group.num_prefix_tokens:
             self.prefix.extent.num_users += 1
@@ -241,7 +237,7 @@ class Scheduler:
         if states is None:
             self.pool.give(extent)
             return None
-        self._to_release.append(lambda: self.state_pool.give_padding(states))
+        self._afterwards.append(lambda: self.state_pool.give_padding(states))
         return extent, states
 
     def _group_error(self, work: GroupWork) -> RowError | None:
@@ -279,7 +275,7 @@ class Scheduler:
         states = self.state_pool.take([image for image, _ in shared])
         if states is not None:
             work.states = states
-            self._to_release.append(lambda: self.state_pool.give_padding(states))
+            self._afterwards.append(lambda: self.state_pool.give_padding(states))
         return states is not None
 
     def _shared_piece(self, work: GroupWork, extent: Extent) -> Piece:
@@ -326,7 +322,7 @@ class Scheduler:
         )  # fmt: skip
 
     def _drop(self, work: GroupWork) -> None:
-        """The group is wholly admitted: its own hold on ranges and images ends."""
+        """The group is wholly admitted: its own hold on ranges ends."""
         if work.shared is not None:
             self.pool.give(work.shared)
         if work.states is not None:
@@ -334,12 +330,12 @@ class Scheduler:
         if work.group.num_prefix_tokens and work.prefix is not None:
             if work.prefix.error is None:
                 self.pool.give(work.prefix.extent)
-        self._to_release.append(work.release)
 
-    def releases(self) -> list[Any]:
-        """Callbacks that give back images which no unit needs any more, once it has run."""
-        found, self._to_release = self._to_release, []
-        return found
+    def batch_has_run(self) -> None:
+        """Give back what only the batches so far needed."""
+        found, self._afterwards = self._afterwards, []
+        for give_back in found:
+            give_back()
 
     def retire(self, sequence: Sequence) -> None:
         """The sequence ended: its lane and ranges are free."""
