@@ -18,7 +18,13 @@ import numpy as np
 from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.gemma3.crops import BETWEEN, CropRule, Joints, with_crops
-from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.models.family import (
+    Family,
+    ModelSizes,
+    decoder_sizes,
+    default_sampling,
+    end_tokens,
+)
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import gemma_it
@@ -170,26 +176,14 @@ class Gemma3(Family):
 
 
 def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any] | None, tokens: int) -> ModelSizes:
-    hidden, layers, head_dim = text["hidden_size"], text["num_hidden_layers"], text["head_dim"]
-    heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    layer = attention + 3 * hidden * text["intermediate_size"]
-    embedding = hidden * text["vocab_size"]
-    common = {
-        "num_layers": layers,
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "num_heads": heads,
-        "decoder_params": layers * layer,
-        "embedding_params": embedding,
-    }
+    decoder = decoder_sizes(text, tied=True)
     if vision is None:
-        return ModelSizes(**common)
+        return ModelSizes(**decoder)
     width, depth = vision["hidden_size"], vision["num_hidden_layers"]
     return ModelSizes(
-        **common,
+        **decoder,
         vision_params=depth * (4 * width * width + 2 * width * vision["intermediate_size"]),
-        projector_params=width * hidden,
+        projector_params=width * text["hidden_size"],
         patches_per_token=(vision["image_size"] // vision["patch_size"]) ** 2 // tokens,
         vision_width=width,
         vision_full_blocks=depth,

@@ -13,7 +13,13 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.models.family import (
+    Family,
+    ModelSizes,
+    decoder_sizes,
+    default_sampling,
+    end_tokens,
+)
 from pipeline.rows import ImageLayout, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import janus_pro
@@ -179,19 +185,10 @@ def _spliced(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _sizes(text: Mapping[str, Any], tower: TowerSizes) -> ModelSizes:
-    hidden, layers = text["hidden_size"], text["num_hidden_layers"]
-    heads = text["num_attention_heads"]
-    kv_heads = text.get("num_key_value_heads") or heads
-    head_dim = text.get("head_dim") or hidden // heads
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    hidden = text["hidden_size"]
     block = 4 * tower.width**2 + 2 * tower.width * tower.inner
     return ModelSizes(
-        num_layers=layers,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        num_heads=heads,
-        decoder_params=layers * (attention + 3 * hidden * text["intermediate_size"]),
-        embedding_params=2 * hidden * text["vocab_size"],
+        **decoder_sizes(text),
         vision_params=tower.layers * block,
         projector_params=tower.width * hidden + hidden**2,
         patches_per_token=1,

@@ -22,7 +22,13 @@ from pipeline.models.families.llava.config import (
     read,
     row_of,
 )
-from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.models.family import (
+    Family,
+    ModelSizes,
+    decoder_sizes,
+    default_sampling,
+    end_tokens,
+)
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import chatml_llava, llava_llama_3, mistral, vicuna
@@ -196,20 +202,10 @@ def _image_token(checkpoint: Checkpoint, config: LlavaConfig) -> int:
 
 
 def _sizes(config: LlavaConfig) -> ModelSizes:
-    text, tower = config.text, config.tower
-    hidden, layers = text["hidden_size"], text["num_hidden_layers"]
-    heads = text["num_attention_heads"]
-    kv_heads = text.get("num_key_value_heads") or heads
-    head_dim = text.get("head_dim") or hidden // heads
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    tower, hidden = config.tower, config.text["hidden_size"]
     block = 4 * tower.size**2 + 2 * tower.size * tower.inner
     return ModelSizes(
-        num_layers=layers,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        num_heads=heads,
-        decoder_params=layers * (attention + 3 * hidden * text["intermediate_size"]),
-        embedding_params=(1 if config.tied else 2) * hidden * text["vocab_size"],
+        **decoder_sizes(config.text, config.tied),
         vision_params=tower.depth * block,
         projector_params=tower.size * hidden + (config.projector_layers - 1) * hidden**2,
         patches_per_token=4 if config.max_tiles else 1,

@@ -11,7 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.models.family import (
+    Family,
+    ModelSizes,
+    decoder_sizes,
+    default_sampling,
+    end_tokens,
+)
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import llama_3_vision
@@ -162,29 +168,19 @@ def states_per_tile(side: int, patch: int) -> int:
 
 
 def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any]) -> ModelSizes:
-    hidden, layers, heads = (
-        text["hidden_size"],
-        text["num_hidden_layers"],
-        text["num_attention_heads"],
-    )
-    head_dim, kv_heads = hidden // heads, text["num_key_value_heads"]
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    decoder, num_cross = decoder_sizes(text), len(text["cross_attention_layers"])
     width, depth = vision["hidden_size"], vision["num_hidden_layers"] + vision["num_global_layers"]
     block = 4 * width * width + 2 * width * vision["intermediate_size"]
     states = states_per_tile(vision["image_size"], vision["patch_size"]) * vision["max_num_tiles"]
     outputs = width * (1 + len(vision["intermediate_layers_indices"]))
     tables = (len(arrangements(vision["max_num_tiles"])) + 1) * states * width
+    plain_layers = decoder["num_layers"] - num_cross  # the others keep no keys of the text
     return ModelSizes(
-        num_layers=layers - len(text["cross_attention_layers"]),
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        num_heads=heads,
-        decoder_params=layers * (attention + 3 * hidden * text["intermediate_size"]),
-        embedding_params=2 * hidden * text["vocab_size"],
+        **(decoder | {"num_layers": plain_layers}),
         vision_params=depth * block,
-        projector_params=outputs * hidden + tables,
+        projector_params=outputs * text["hidden_size"] + tables,
         patches_per_token=states,
-        values_per_state=2 * len(text["cross_attention_layers"]) * kv_heads * head_dim,
+        values_per_state=2 * num_cross * decoder["num_kv_heads"] * decoder["head_dim"],
         vision_width=width,
         vision_full_blocks=depth,
     )

@@ -16,7 +16,13 @@ import numpy as np
 
 from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.models.family import (
+    Family,
+    ModelSizes,
+    decoder_sizes,
+    default_sampling,
+    end_tokens,
+)
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import mistral
@@ -203,20 +209,10 @@ def _normalised(turn: Turn) -> Turn:
 
 
 def _sizes(text: Mapping[str, Any], tower: TowerSizes) -> ModelSizes:
-    hidden, layers, heads = (
-        text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"],
-    )  # fmt: skip
-    kv_heads = text.get("num_key_value_heads") or heads
-    head_dim = text.get("head_dim") or hidden // heads
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    hidden = text["hidden_size"]
     block = 4 * tower.size**2 + 3 * tower.size * tower.inner
     return ModelSizes(
-        num_layers=layers,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        num_heads=heads,
-        decoder_params=layers * (attention + 3 * hidden * text["intermediate_size"]),
-        embedding_params=2 * hidden * text["vocab_size"],
+        **decoder_sizes(text),
         vision_params=tower.blocks * block,
         projector_params=tower.size * hidden + hidden**2,
         patches_per_token=1,

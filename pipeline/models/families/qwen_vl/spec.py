@@ -14,7 +14,13 @@ import numpy as np
 
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.qwen_vl.frames import VideoRule, patch_times, smart_resize
-from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.models.family import (
+    Family,
+    ModelSizes,
+    decoder_sizes,
+    default_sampling,
+    end_tokens,
+)
 from pipeline.rows import ImageLayout, PlacedImage, VideoInfo
 from pipeline.settings import ModelSettings, VideoSettings
 from pipeline.templates import qwen2_vl
@@ -239,12 +245,6 @@ class QwenVL(Family):
 
 
 def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> ModelSizes:
-    hidden, layers = text["hidden_size"], text["num_hidden_layers"]
-    heads, kv_heads = text["num_attention_heads"], text.get("num_key_value_heads")
-    head_dim, kv_heads = text.get("head_dim") or hidden // heads, kv_heads or heads
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    mlp = 3 * hidden * text["intermediate_size"]
-    tables = 1 if text.get("tie_word_embeddings") else 2
     width = vision.get("embed_dim") if variant == "qwen2" else vision.get("hidden_size")
     width = int(width or 1280)
     inner = int(vision.get("intermediate_size") or width * vision.get("mlp_ratio", 4))
@@ -252,14 +252,9 @@ def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> 
     depth = int(vision.get("depth", 32))
     merged = width * vision.get("spatial_merge_size", 2) ** 2
     return ModelSizes(
-        num_layers=layers,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        num_heads=heads,
-        decoder_params=layers * (attention + mlp),
-        embedding_params=tables * hidden * text["vocab_size"],
+        **decoder_sizes(text, bool(text.get("tie_word_embeddings"))),
         vision_params=depth * (4 * width * width + matrices * width * inner),
-        projector_params=merged * merged + merged * hidden,
+        projector_params=merged * merged + merged * text["hidden_size"],
         patches_per_token=vision.get("spatial_merge_size", 2) ** 2,
         vision_width=width,
         vision_full_blocks=len(vision.get("fullatt_block_indexes", range(depth))),
