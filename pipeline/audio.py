@@ -12,16 +12,12 @@ import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline import audio_streams
 from pipeline.errors import RowError
-from pipeline.rows import ImageRef
-
-if TYPE_CHECKING:
-    from pipeline.settings import InputSettings
 
 RATE = 16_000
 FORMATS = frozenset({"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "AIFF"})
@@ -29,26 +25,6 @@ _BLOCK_VALUES = 1 << 20  # decoded at once, over all channels
 _SPARE_SEC = 0.1  # by which the end may miss what the header says
 _STARTS = (b"RIFF", b"RF64", b"riff", b"fLaC", b"OggS", b"FORM")  # of what libsndfile reads
 _MIN_RATE, _MAX_RATE = 1_000, 768_000
-
-
-def load(ref: ImageRef, settings: InputSettings) -> bytes:
-    """The encoded bytes, by the rules of `images.load`. Raises: RowError."""
-    from pipeline import images
-
-    if not ref.data and not ref.path:
-        raise RowError("empty_audio" if ref.data is not None else "missing_audio")
-    try:
-        limits = {"max_bytes": settings.max_audio_bytes}
-        return images.load(ref, settings.model_copy(update=limits))
-    except RowError as error:
-        if error.code == "file_too_large":
-            message = f"The recording has more than {settings.max_audio_bytes} bytes."
-            raise RowError(error.code, message) from None
-        renamed = {"empty_image": "empty_audio", "missing_image": "missing_audio"}
-        renamed |= {"not_an_image": "not_audio", "corrupt_image": "corrupt_audio"}
-        if error.code in renamed:
-            raise RowError(renamed[error.code]) from None
-        raise
 
 
 def probe(data: bytes, max_sec: float) -> int:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from pipeline.errors import RowError
+from pipeline.media import load
 from pipeline.prompts import message_turns
 from pipeline.rows import ImageRef, Row
 from pipeline.settings import InputSettings
-from pipeline.video import load
 
 NUM_THREADS = 16
 MAX_ROWS_AHEAD = 32

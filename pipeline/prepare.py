@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import images, video
+from pipeline import images, media
 from pipeline.errors import RowError
 from pipeline.models.family import GREEDY_BELOW, Family, check_inputs
 from pipeline.prompts import PromptText, message_turns, prompt_turns
@@ -68,7 +68,7 @@ class Preparer:
         self._family = family
         self._tokenizer = tokenizer
         self._store = store
-        self._load = load or (lambda ref: video.load(ref, settings.input))
+        self._load = load or (lambda ref: media.load(ref, settings.input))
         self._prober = VideoProber(settings.input)
         check_inputs(family, settings)
         self._messages = settings.input.messages is not None

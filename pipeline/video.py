@@ -13,15 +13,12 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.errors import RowError
-from pipeline.rows import ImageRef, VideoInfo
-
-if TYPE_CHECKING:
-    from pipeline.settings import InputSettings
+from pipeline.rows import VideoInfo
 
 MAX_FRAMES = 1_000_000
 # Playlists (hls, concat, dash) are not among these: they would let a row open files and URLs.
@@ -50,30 +47,6 @@ class _Index(NamedTuple):
     num_frames: int
     span: Fraction  # seconds from the first frame's beginning to the last one's end
     end: Fraction  # seconds at which the last packet of all streams ends
-
-
-def load(ref: ImageRef, settings: InputSettings) -> bytes:
-    """The encoded bytes of an image, video or recording, by the rules of `images.load`."""
-    from pipeline import audio, images
-
-    if ref.kind == "audio":
-        return audio.load(ref, settings)
-    if ref.kind != "video":
-        return images.load(ref, settings)
-    if not ref.data and not ref.path:
-        raise RowError("empty_video" if ref.data is not None else "missing_video")
-    try:
-        limits = {"max_bytes": settings.max_video_bytes}
-        return images.load(ref, settings.model_copy(update=limits))
-    except RowError as error:
-        if error.code == "file_too_large":
-            message = f"The video has more than {settings.max_video_bytes} bytes."
-            raise RowError(error.code, message) from None
-        renamed = {"empty_image": "empty_video", "corrupt_image": "video_unreadable"}
-        renamed |= {"not_an_image": "not_a_video", "missing_image": "missing_video"}
-        if error.code in renamed:
-            raise RowError(renamed[error.code]) from None
-        raise
 
 
 def probe(data: bytes, limits: Limits) -> VideoInfo:

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import soxr
 
-from pipeline import audio
+from pipeline import audio, media
 from pipeline.errors import RowError
 from pipeline.rows import ImageRef
 from pipeline.settings import InputSettings
@@ -205,15 +205,15 @@ def test_the_process_that_measures(prober: VideoProber) -> None:
 
 def test_loading(tmp_path: object) -> None:
     data = encoded(tone(900))
-    assert audio.load(ImageRef(data=data, kind="audio"), SETTINGS) == data
+    assert media.load(ImageRef(data=data, kind="audio"), SETTINGS) == data
     for ref, code in [
         (ImageRef(data=b"", kind="audio"), "empty_audio"),
         (ImageRef(path="", kind="audio"), "missing_audio"),
         (ImageRef(path=f"{tmp_path}/none.wav", kind="audio"), "missing_file"),
     ]:
         with pytest.raises(RowError) as caught:
-            audio.load(ref, SETTINGS)
+            media.load(ref, SETTINGS)
         assert caught.value.code == code
     small = SETTINGS.model_copy(update={"max_audio_bytes": 100})
     with pytest.raises(RowError, match="more than 100 bytes"):
-        audio.load(ImageRef(data=data, kind="audio"), small)
+        media.load(ImageRef(data=data, kind="audio"), small)

@@ -12,9 +12,10 @@ import pytest
 
 from pipeline import video as video_module
 from pipeline.errors import RowError
+from pipeline.media import load
 from pipeline.rows import ImageRef
 from pipeline.settings import InputSettings
-from pipeline.video import Limits, load, probe, read_frames
+from pipeline.video import Limits, probe, read_frames
 from tests.helpers.videos import number_of, sound_only, video
 
 LIMITS = Limits(10**8, 7200.0, 60.0)

@@ -9,10 +9,10 @@ import pytest
 
 from pipeline import urls
 from pipeline.errors import RowError
+from pipeline.media import load
 from pipeline.prefetch import ImageLoader
 from pipeline.rows import ImageRef, Row
 from pipeline.settings import InputSettings
-from pipeline.video import load
 from tests.helpers.web import PICTURE, Web, serve_web
 
 
