@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pipeline.engine.extents import Extent, ExtentPool
 from pipeline.engine.kv_cache import NUM_TRASH, KVCache
-from pipeline.engine.slots import to_device
 from pipeline.kernels.decode_attention import (
     DecodePlan,
     choose_splits,
@@ -25,6 +24,7 @@ from pipeline.kernels.decode_attention import (
     plan_decode,
 )
 from pipeline.kernels.prefill_attention import PrefillPlan, Run, prefill_attention, prefill_plan_for
+from pipeline.kernels.transfer import to_device, upload
 from pipeline.rows import ImageLayout, PlacedImage
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class CrossCache:
     def _fill(self, jobs: Seq[tuple[Any, ImageLayout, np.ndarray]]) -> None:
         images, layouts, where = zip(*jobs, strict=True)
         states = self.model.encode_images(list(images), list(layouts))
-        places = _upload(np.concatenate(where), self.model.device)
+        places = upload(np.concatenate(where), self.model.device)
         for layer, number in self.layers.items():
             cross = self.model.decoder.layers[layer].cross
             assert cross is not None
@@ -167,9 +167,9 @@ class CrossCache:
                 views.append(view_of(states, piece.stop))
         device = self.model.device
         return PrefillCross(
-            self, inner, _upload(seeing, device), self._view_plan(views),
+            self, inner, upload(seeing, device), self._view_plan(views),
             prefill_plan_for(runs, like) if runs else None,
-            _upload(hidden, device) if hidden.any() else None,
+            upload(hidden, device) if hidden.any() else None,
         )  # fmt: skip
 
     def _view_plan(self, views: Seq[tuple[int, int]]) -> DecodePlan:
@@ -272,10 +272,6 @@ def _places(states: States) -> list[np.ndarray]:
         padding += layout.num_padding_states
         found.append(np.concatenate([kept, rest]))
     return found
-
-
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
 
 
 def cross_cache_for(model: Model, num_places: int, num_lanes: int) -> CrossCache | None:

@@ -21,7 +21,7 @@ from pipeline.engine.cross_cache import CrossCache
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.sampler import GREEDY, SamplerMode, sample
 from pipeline.engine.sequence import Sequence
-from pipeline.engine.slots import MAX_SEGMENTS, Slots, to_device
+from pipeline.engine.slots import MAX_SEGMENTS, Slots
 from pipeline.kernels.backend import invariant, use_triton
 from pipeline.kernels.cascade_attention import SharedReads, cascade_attention, lanes_per_item
 from pipeline.kernels.decode_attention import (
@@ -33,6 +33,7 @@ from pipeline.kernels.decode_attention import (
 from pipeline.kernels.lanes import advance
 from pipeline.kernels.mla_attention import mla_decode, mla_rope_and_cache
 from pipeline.kernels.rope import rope_and_cache
+from pipeline.kernels.transfer import to_device
 from pipeline.models.base import Model
 from pipeline.models.decoder import Attend
 

@@ -25,12 +25,13 @@ from pipeline.engine.prefill import encode_images, prefill
 from pipeline.engine.sampler import SamplerMode, sample
 from pipeline.engine.schedule import Piece, Scheduler
 from pipeline.engine.sequence import Sequence
-from pipeline.engine.slots import LaneStart, Slots, to_device
+from pipeline.engine.slots import LaneStart, Slots
 from pipeline.engine.stats import EngineStats, StageTimer
 from pipeline.engine.upload import Uploaded, Uploader
 from pipeline.errors import RowError
 from pipeline.feeder import END, Feed
 from pipeline.kernels.lanes import advance
+from pipeline.kernels.transfer import to_device
 from pipeline.models.base import Model
 from pipeline.rows import Completion, Group, Prefix
 from pipeline.settings import EngineSettings

@@ -7,7 +7,6 @@ of that layer reads them, so a piece may build on another of the same batch. Kno
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from pipeline.engine.cross_cache import CrossCache
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.schedule import Piece
-from pipeline.engine.slots import to_device
 from pipeline.kernels.decode_attention import DecodePlan, decode_attention, plan_decode
 from pipeline.kernels.mla_attention import mla_decode, mla_prefill, mla_rope_and_cache
 from pipeline.kernels.prefill_attention import (
@@ -26,6 +24,7 @@ from pipeline.kernels.prefill_attention import (
     prefill_plan_for,
 )
 from pipeline.kernels.rope import rope_and_cache
+from pipeline.kernels.transfer import to_device, upload
 from pipeline.models.base import Model, image_spans
 from pipeline.models.decoder import Attend
 from pipeline.rows import ImageLayout
@@ -127,15 +126,15 @@ def prefill(
             ends.append(base - 1)
             segments.append(own)
     last = to_device(torch.tensor(ends, dtype=torch.int64), device)
-    where = None if features is None else _upload(image_places(pieces), device)
-    x = model.embed(_upload(tokens, device), features, where)
+    where = None if features is None else upload(image_places(pieces), device)
+    x = model.embed(upload(tokens, device), features, where)
     attend: Attend = PrefillAttend(
-        cache, _upload(places.astype(np.int64), device), prefill_plan_for(runs, x),
+        cache, upload(places.astype(np.int64), device), prefill_plan_for(runs, x),
         _last_plan(segments, device), model,
     )  # fmt: skip
     if cross is not None:
         attend = cross.prefill(attend, pieces, x)
-    hidden = model.decoder(x, _upload(positions.astype(np.int64), device), attend, last)
+    hidden = model.decoder(x, upload(positions.astype(np.int64), device), attend, last)
     return model.decoder.logits(hidden)
 
 
@@ -145,7 +144,3 @@ def _last_plan(segments: list[tuple[tuple[int, int], ...]], device: torch.device
     tensor = torch.tensor(table, dtype=torch.int32).view(-1, width, 2)
     longest = max((sum(n for _, n in s) for s in segments), default=0)
     return plan_decode(to_device(tensor, device), longest)
-
-
-def _upload(array: Any, device: torch.device) -> Tensor:
-    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.lanes import IDLE, RUNNING, LaneState
+from pipeline.kernels.transfer import to_device
 from pipeline.rows import SamplingParams
 
 MAX_SEGMENTS = 3  # job prefix, group, own
@@ -93,10 +94,3 @@ class Slots(LaneState):
         self.places[rows] = 0
         self.positions[rows] = 0
         self.segments[rows] = 0
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting; from pinned memory on CUDA."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -20,6 +20,7 @@ from torch.nn import functional
 from pipeline.kernels.backend import next_power_of_2, shared_memory, tl, triton, use_triton
 from pipeline.kernels.decode_attention import capped_attention
 from pipeline.kernels.flash_parts import block_scores, fold_block, key_places
+from pipeline.kernels.transfer import to_device
 
 BLOCK_Q = 64
 BLOCK_KV = 64
@@ -94,15 +95,13 @@ def plan_prefill(runs: Sequence[Run], device: torch.device, triton_path: bool) -
         # long blocks first: the tail of the grid is then short work
         blocks += [[number, q] for q in range(0, run.q_length, BLOCK_Q)]
     blocks.sort(key=lambda b: -b[1])
-    pinned = device.type == "cuda"
     tables = [torch.tensor(x, dtype=torch.int32) for x in (blocks, table)]
     if any(run.spans for run in runs):
         ahead = torch.zeros(max(r.q_start + r.q_length for r in runs), dtype=torch.int32)
         for run in runs:
             ahead[run.q_start : run.q_start + run.q_length] = run.ahead()
         tables.append(ahead)
-    on_device = [(t.pin_memory() if pinned else t).to(device, non_blocking=True) for t in tables]
-    return PrefillPlan(tuple(runs), (), *on_device)
+    return PrefillPlan(tuple(runs), (), *(to_device(t, device) for t in tables))
 
 
 def _places(run: Run) -> list[int]:

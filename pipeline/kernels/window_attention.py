@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.kernels.attention import AttentionPlan, plan_attention, varlen_attention
 from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
 from pipeline.kernels.rope import rotate
+from pipeline.kernels.transfer import to_device
 
 LONGEST = 64  # tokens of a window that the kernel takes
 
@@ -35,9 +36,7 @@ def plan_windows(lengths: Sequence[int], like: Tensor) -> WindowPlan:
         return WindowPlan(None, plan_attention(lengths, like.device))
     length = torch.tensor(lengths, dtype=torch.int32)
     table = torch.stack([length.cumsum(0).int() - length, length], 1).contiguous()
-    if like.device.type == "cuda":
-        table = table.pin_memory()
-    return WindowPlan(table.to(like.device, non_blocking=True), None)
+    return WindowPlan(to_device(table, like.device), None)
 
 
 def window_attention(

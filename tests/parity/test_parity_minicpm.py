@@ -129,11 +129,11 @@ def test_passes_are_bounded(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [torch.zeros(768, 1024, 3, dtype=torch.uint8).random_(generator=torch.manual_seed(1))]
     layouts = [ours.family.layout(1024, 768)]
     whole = ours.encode_images(images, layouts)
-    ours.planner._plans.clear()
+    ours.planner._kept.cache_clear()
     monkeypatch.setattr("pipeline.models.vision.slices.MAX_PATCHES", 2100)
     assert len(ours.planner.plan(layouts).passes) > 1
     torch.testing.assert_close(ours.encode_images(images, layouts), whole, rtol=1e-5, atol=2e-5)
-    ours.planner._plans.clear()
+    ours.planner._kept.cache_clear()
 
 
 def test_dropped_last_layer(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ in one row and see themselves only. Knows no resize and no projector.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from pipeline.kernels.attention import AttentionPlan, plan_attention, varlen_attention
 from pipeline.kernels.rope import rotate
+from pipeline.kernels.transfer import upload
 from pipeline.models.layers import GatedMLP, Linear, RMSNorm
 from pipeline.models.loading import Weights
-from pipeline.models.vision.plan import KEPT_PLANS, upload
+from pipeline.models.vision.plan import KEPT_PLANS
 
 EPS = 1e-5
 Grid = tuple[int, int]  # rows and columns of patches
@@ -77,7 +78,7 @@ class PixtralTower:
         frequencies = 1.0 / c.theta**steps
         # Rows turn every second frequency from the first on, columns the others.
         self.inv_freq = torch.stack([frequencies[0::2], frequencies[1::2]]).to(weights.device)
-        self._plans: OrderedDict[tuple[Grid, ...], tuple[Tensor, AttentionPlan]] = OrderedDict()
+        self._plan = lru_cache(KEPT_PLANS)(self._make_plan)
 
     def __call__(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         positions, plan = self._plan(tuple(grids))
@@ -101,15 +102,9 @@ class PixtralTower:
         scale = c.head_dim**-0.5
         return varlen_attention(q, k, heads[:, 2 * c.heads :], plan, scale).flatten(1)
 
-    def _plan(self, grids: tuple[Grid, ...]) -> tuple[Tensor, AttentionPlan]:
-        """Rows and columns of all patches [T, 2], and who sees whom; the latest are kept."""
+    def _make_plan(self, grids: tuple[Grid, ...]) -> tuple[Tensor, AttentionPlan]:
+        """Rows and columns of all patches [T, 2], and who sees whom."""
         device = self.inv_freq.device
-        if grids not in self._plans:
-            places = [np.indices(grid).reshape(2, -1).T for grid in grids]
-            positions = upload(np.concatenate(places).astype(np.int32), device)
-            plan = plan_attention([rows * columns for rows, columns in grids], device)
-            self._plans[grids] = (positions, plan)
-            if len(self._plans) > KEPT_PLANS:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(grids)
-        return self._plans[grids]
+        places = [np.indices(grid).reshape(2, -1).T for grid in grids]
+        positions = upload(np.concatenate(places).astype(np.int32), device)
+        return positions, plan_attention([rows * columns for rows, columns in grids], device)

@@ -6,15 +6,15 @@ so that window attention is a few dense rectangles. Knows no weights.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.kernels.attention import AttentionPlan, plan_attention
+from pipeline.kernels.transfer import upload
 from pipeline.kernels.window_attention import WindowPlan, plan_windows
 from pipeline.models.vision.grids import Grid, interpolation, patch_positions, window_units
 
@@ -34,14 +34,6 @@ class TowerPlan:
     tap_weights: Tensor | None = None  # float32 [N, 4]
 
 
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy a table to the device without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 class Planner:
     """Makes plans for batches of grids and keeps the latest."""
 
@@ -52,17 +44,10 @@ class Planner:
         self.device = like.device
         self.window = window  # side of a window in units; 0: full attention everywhere
         self.table_side = table_side  # of the learned position table; 0: there is none
-        self._plans: OrderedDict[tuple[Grid, ...], TowerPlan] = OrderedDict()
+        self._kept = lru_cache(KEPT_PLANS)(self._make)
 
     def plan(self, grids: Sequence[Grid]) -> TowerPlan:
-        key = tuple(grids)
-        if key in self._plans:
-            self._plans.move_to_end(key)
-            return self._plans[key]
-        plan = self._plans[key] = self._make(key)
-        if len(self._plans) > KEPT_PLANS:
-            self._plans.popitem(last=False)
-        return plan
+        return self._kept(tuple(grids))
 
     def _make(self, grids: tuple[Grid, ...]) -> TowerPlan:
         positions = np.concatenate([patch_positions(g, self.merge) for g in grids], 1)

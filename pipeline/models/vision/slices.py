@@ -6,9 +6,9 @@ of one size stand together, so that attention is dense rectangles. Knows no weig
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.attention import AttentionPlan, plan_attention
+from pipeline.kernels.transfer import upload
 from pipeline.models.vision.navit import table_rows
-from pipeline.models.vision.plan import upload
 from pipeline.models.vision.resampler import Places
 from pipeline.rows import ImageLayout
 
@@ -97,17 +97,10 @@ class SlicePlanner:
         self.patch = patch
         self.side = side  # of the tower's position table
         self.device = device
-        self._plans: OrderedDict[tuple[ImageLayout, ...], SlicePlan] = OrderedDict()
+        self._kept = lru_cache(KEPT_PLANS)(self._make)
 
     def plan(self, layouts: Sequence[ImageLayout]) -> SlicePlan:
-        key = tuple(layouts)
-        if key in self._plans:
-            self._plans.move_to_end(key)
-            return self._plans[key]
-        plan = self._plans[key] = self._make(key)
-        if len(self._plans) > KEPT_PLANS:
-            self._plans.popitem(last=False)
-        return plan
+        return self._kept(tuple(layouts))
 
     def _make(self, layouts: tuple[ImageLayout, ...]) -> SlicePlan:
         ordered = sorted(pictures(layouts, self.patch), key=lambda p: p.length)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import UserError
+from pipeline.kernels.transfer import upload
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder
@@ -21,7 +22,6 @@ from pipeline.models.deepseek import deepseek_config
 from pipeline.models.families.deepseek_vl2 import spec, tiles
 from pipeline.models.layers import MLP, Linear, activation
 from pipeline.models.loading import Weights
-from pipeline.models.vision.plan import upload
 from pipeline.models.vision.siglip import TIMM, SiglipTower
 from pipeline.models.vision.views import render_views
 from pipeline.models.vision.vit import VitConfig, image_patches

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.kernels.transfer import upload
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
@@ -21,7 +22,6 @@ from pipeline.models.families.minicpm import spec
 from pipeline.models.loading import Weights
 from pipeline.models.rope import rope_config
 from pipeline.models.vision.navit import to_patches
-from pipeline.models.vision.plan import upload
 from pipeline.models.vision.resampler import Resampler
 from pipeline.models.vision.siglip import SiglipTower
 from pipeline.models.vision.slices import SlicePlanner

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.kernels.transfer import upload
 from pipeline.models.audio.mel import log_mel, mel_filters
 from pipeline.models.audio.pieces import SoundPiece, pieces
 from pipeline.models.audio.whisper import WhisperConfig, WhisperEncoder
@@ -21,7 +22,6 @@ from pipeline.models.families.minicpm import model as minicpm
 from pipeline.models.families.minicpm_o import spec
 from pipeline.models.layers import MLP
 from pipeline.models.loading import Weights
-from pipeline.models.vision.plan import upload
 from pipeline.rows import ImageLayout
 
 RENAME = minicpm.RENAME

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.kernels.transfer import to_device
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.cross import quantize_cross
@@ -82,9 +83,7 @@ class Mllama(Model):
             canvas = render_views(image, layout)[0]
             patches[number, :used] = self._patches(canvas, *tiles[number])
         options = spec.arrangements(c.tiles)
-        ids = torch.tensor([options.index(t) + 1 for t in tiles])
-        if self.device.type == "cuda":
-            ids = ids.pin_memory().to(self.device, non_blocking=True)
+        ids = to_device(torch.tensor([options.index(t) + 1 for t in tiles]), self.device)
         states = self.tower(patches, ids, used)
         return self.projector(states).flatten(0, 2)
 

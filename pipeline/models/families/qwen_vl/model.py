@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.kernels.patchify import patchify
 from pipeline.kernels.resize import resize
+from pipeline.kernels.transfer import upload
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
@@ -24,7 +25,6 @@ from pipeline.models.fp8 import quantize_block
 from pipeline.models.loading import Weights
 from pipeline.models.rope import rope_config
 from pipeline.models.vision.grids import Grid
-from pipeline.models.vision.plan import upload
 from pipeline.models.vision.qwen import QwenTower, TowerConfig
 from pipeline.models.vision.views import resize_frames
 from pipeline.rows import ImageLayout

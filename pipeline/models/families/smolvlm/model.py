@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.kernels.transfer import upload
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, common_config
@@ -18,7 +19,6 @@ from pipeline.models.families.smolvlm import spec
 from pipeline.models.layers import Linear
 from pipeline.models.loading import Weights
 from pipeline.models.rope import rope_config
-from pipeline.models.vision.plan import upload
 from pipeline.models.vision.siglip import SiglipTower
 from pipeline.models.vision.views import render_view
 from pipeline.models.vision.vit import image_patches, vit_config
