@@ -189,15 +189,10 @@ class CrossCache:
     def decode(self, inner: Attend, rows: Tensor) -> StepCross:
         """The attention of one step of the lanes `rows`."""
         views = self.views[rows]
-        plan = plan_decode(views, self.longest, self._splits(len(rows)))
+        c = self.model.decoder.config
+        splits = choose_splits(len(rows), c.num_kv_heads, self.longest, self.model.device)
+        plan = plan_decode(views, self.longest, splits)
         return StepCross(self, inner, views[:, 0, 1] > 0, plan)
-
-    def _splits(self, num_lanes: int) -> int:
-        device, c = self.model.device, self.model.decoder.config
-        if device.type != "cuda":
-            return 1
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-        return choose_splits(num_lanes, c.num_kv_heads, self.longest, sms)
 
 
 class StepCross:

@@ -39,7 +39,6 @@ from pipeline.models.decoder import Attend
 
 SMALLEST_GRAPH = 16  # lanes
 MANY_LANES = 256  # above which shared ranges need fewer chunks to fill the device
-INVARIANT_SPLITS = 4  # of each length, where neither lanes nor memory may matter
 
 
 class DecodeAttend:
@@ -78,12 +77,16 @@ class DecodeAttend:
 
 @dataclass(slots=True)
 class Captured:
-    """One graph with what it reads and writes: its lanes int64 [n], tokens and states [2, n]."""
+    """One graph with what it reads and writes: its lanes int64 [n], tokens and states [2, n].
+
+    `table` is what `shared` holds at present.
+    """
 
     graph: torch.cuda.CUDAGraph
     rows: Tensor
     shared: SharedReads | None
     result: Tensor
+    table: SharedTable | None = None
 
 
 class Decoder:
@@ -137,9 +140,11 @@ class Decoder:
             self._captured[key] = self._capture(*key)
         captured = self._captured[key]
         captured.rows.copy_(table.pin_memory(), non_blocking=True)
-        if shared is not None:
+        if shared is not captured.table:
+            assert shared is not None
             assert captured.shared is not None
             _fill(captured.shared, shared)
+            captured.table = shared
         captured.graph.replay()
         return captured.result
 
@@ -148,7 +153,9 @@ class Decoder:
     ) -> Tensor:
         slots, model = self.slots, self.model
         segments, places = slots.segments[rows], slots.places[rows]
-        plan = plan_decode(segments, longest, self._splits(len(places)))
+        num_kv_heads = model.decoder.config.num_kv_heads
+        splits = choose_splits(len(places), num_kv_heads, self.max_length, model.device)
+        plan = plan_decode(segments, longest, splits)
         attend: Attend = DecodeAttend(model, self.cache, places, plan, shared)
         if self.cross is not None:
             attend = self.cross.decode(attend, rows)
@@ -182,16 +189,6 @@ class Decoder:
         items = torch.zeros(max_items(size, width), 3 + width, dtype=torch.int32, device=device)
         taken = torch.zeros(size, MAX_SEGMENTS, dtype=torch.bool, device=device)
         return SharedReads(items, taken, num_chunks=2 if size > MANY_LANES else 4)
-
-    def _splits(self, num_lanes: int) -> int:
-        device = self.model.device
-        if device.type != "cuda":
-            return 1
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-        config = self.model.decoder.config
-        if invariant():
-            return INVARIANT_SPLITS
-        return choose_splits(num_lanes, config.num_kv_heads, self.max_length, sms)
 
     def _capture(self, size: int, mode: SamplerMode, cascade: bool) -> Captured:
         """Capture a step of `size` lanes; the warm-up runs before it serve the spare lane."""

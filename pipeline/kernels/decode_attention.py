@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
+from pipeline.kernels.backend import invariant, next_power_of_2, tl, triton, use_triton
 from pipeline.kernels.flash_parts import block_scores, fold_block
 
 BLOCK_KV = 64
+INVARIANT_SPLITS = 4  # of each length, where neither lanes nor memory may matter
 
 
 @dataclass(slots=True)
@@ -60,8 +61,13 @@ def plan_decode(segments: Tensor, max_length: int = 0, num_splits: int = 1) -> D
     return DecodePlan(segments, 1, index, mask[:, None, None])
 
 
-def choose_splits(num_lanes: int, num_kv_heads: int, max_length: int, num_sms: int) -> int:
+def choose_splits(num_lanes: int, num_kv_heads: int, max_length: int, device: torch.device) -> int:
     """Enough chunks to fill the device twice, none shorter than four blocks."""
+    if device.type != "cuda":
+        return 1
+    if invariant():
+        return INVARIANT_SPLITS
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = -(-2 * num_sms // max(1, num_lanes * num_kv_heads))
     return max(1, min(wanted, max_length // (4 * BLOCK_KV), 32))
 

@@ -52,19 +52,3 @@ def cut(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     keep[:, 0] = True
     dropped = torch.empty_like(keep).scatter_(1, order, ~keep)
     return logits.masked_fill(dropped, float("-inf"))
-
-
-def draw(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    steps: Tensor,
-) -> Tensor:
-    """One token a row, int64 [B]; `temperature` 0 takes the greatest logit."""
-    greedy = temperature <= 0
-    warm = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    noisy = cut(warm, top_k, top_p, min_p) + gumbel_noise(seeds, steps, logits.shape[-1])
-    return torch.where(greedy, logits.argmax(-1), noisy.argmax(-1))
