@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.kernels.backend import invariant, next_power_of_2, tl, triton, use_triton
-from pipeline.kernels.flash_parts import block_scores, fold_block
+from pipeline.kernels.flash_parts import block_scores, fold_block, lane_length, lane_places
 
 BLOCK_KV = 64
 INVARIANT_SPLITS = 4  # of each length, where neither lanes nor memory may matter
@@ -140,9 +140,7 @@ def _decode_kernel(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     GROUP: tl.constexpr = HQ // HK
-    total = 0
-    for s in tl.static_range(SEGMENTS):
-        total += tl.load(seg_ptr + (lane * SEGMENTS + s) * 2 + 1)
+    total = lane_length(seg_ptr, lane, SEGMENTS)
     low = 0
     if WINDOW > 0:
         low = tl.maximum(total - WINDOW, 0)
@@ -161,14 +159,7 @@ def _decode_kernel(
     base_v = v_ptr + kv_head.to(tl.int64) * head_stride
     for start in range(first, stop, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        address = tl.zeros([BLOCK], tl.int64)
-        before = 0
-        for s in tl.static_range(SEGMENTS):
-            seg_start = tl.load(seg_ptr + (lane * SEGMENTS + s) * 2)
-            seg_length = tl.load(seg_ptr + (lane * SEGMENTS + s) * 2 + 1)
-            here = (place >= before) & (place < before + seg_length)
-            address = tl.where(here, (seg_start + place - before).to(tl.int64), address)
-            before += seg_length
+        address = lane_places(place, seg_ptr, lane, SEGMENTS)
         valid = place < stop
         kv_mask = valid[:, None] & (channel[None, :] < DIM)
         offset = address[:, None] * DIM + channel[None, :]

@@ -15,6 +15,29 @@ def key_places(key, entry):
 
 
 @triton.jit
+def lane_length(seg_ptr, lane, SEGMENTS: tl.constexpr):
+    """How many keys the segments [B, S, 2] of a lane hold together."""
+    total = 0
+    for s in tl.static_range(SEGMENTS):
+        total += tl.load(seg_ptr + (lane * SEGMENTS + s) * 2 + 1)
+    return total
+
+
+@triton.jit
+def lane_places(key, seg_ptr, lane, SEGMENTS: tl.constexpr):
+    """Cache places int64 of a lane's keys `key`, counted over its segments."""
+    place = key.to(tl.int64) * 0
+    before = 0
+    for s in tl.static_range(SEGMENTS):
+        seg_start = tl.load(seg_ptr + (lane * SEGMENTS + s) * 2)
+        seg_length = tl.load(seg_ptr + (lane * SEGMENTS + s) * 2 + 1)
+        here = (key >= before) & (key < before + seg_length)
+        place = tl.where(here, (seg_start + key - before).to(tl.int64), place)
+        before += seg_length
+    return place
+
+
+@triton.jit
 def block_scores(q, keys, scale, SOFTCAP: tl.constexpr):
     """Scores of `q` [M, D] with `keys` [N, D] for `fold_block`; capped where SOFTCAP > 0."""
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee")

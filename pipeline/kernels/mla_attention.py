@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pipeline.kernels.backend import next_power_of_2, tl, triton
 from pipeline.kernels.decode_attention import DecodePlan, join_splits
-from pipeline.kernels.flash_parts import fold_block, key_places
+from pipeline.kernels.flash_parts import fold_block, key_places, lane_length, lane_places
 from pipeline.kernels.mla_pack import turn_and_cache
 from pipeline.kernels.prefill_attention import BLOCK_Q, TABLE_WIDTH, PrefillPlan
 
@@ -97,9 +97,7 @@ def _decode_kernel(
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(2)
     DIM: tl.constexpr = ROPE + RANK
-    total = 0
-    for s in tl.static_range(SEGMENTS):
-        total += tl.load(seg_ptr + (lane * SEGMENTS + s) * 2 + 1)
+    total = lane_length(seg_ptr, lane, SEGMENTS)
     chunk = tl.cdiv(tl.cdiv(total, num_splits), BLOCK) * BLOCK
     first = split * chunk
     stop = tl.minimum(first + chunk, total)
@@ -115,14 +113,7 @@ def _decode_kernel(
     acc = tl.zeros([ROWS, BLOCK_L], tl.float32)
     for start in range(first, stop, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        address = tl.zeros([BLOCK], tl.int64)
-        before = 0
-        for s in tl.static_range(SEGMENTS):
-            seg_start = tl.load(seg_ptr + (lane * SEGMENTS + s) * 2)
-            seg_length = tl.load(seg_ptr + (lane * SEGMENTS + s) * 2 + 1)
-            here = (place >= before) & (place < before + seg_length)
-            address = tl.where(here, (seg_start + place - before).to(tl.int64), address)
-            before += seg_length
+        address = lane_places(place, seg_ptr, lane, SEGMENTS)
         valid = (place < stop)[:, None]
         row = cache_ptr + address[:, None] * DIM
         ropes = tl.load(row + turned[None, :], mask=valid & (turned < ROPE)[None, :], other=0.0)
