@@ -1,12 +1,13 @@
 """The index tables of one batch of images for Qwen's towers: made on the host, kept on the device.
 
-A batch's patches may stand in window order: windows of one size side by side over all its images,
-so that window attention is a few dense rectangles. Knows no weights.
+An image's patches may stand in window order, its windows of one size side by side: each window is
+then a run of its own, and the image too, as attention does not ask how keys are ordered. Knows no
+weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,8 +27,8 @@ class TowerPlan:
     """Where patches stand and whom they attend to. `order` is None without windows."""
 
     positions: Tensor  # int32 [2, N] row and column, in the order of the tower
-    images: AttentionPlan  # of patches in image order
-    windows: WindowPlan | None = None  # of patches in window order
+    images: AttentionPlan  # whole images
+    windows: WindowPlan | None = None
     order: Tensor | None = None  # int64 [units] image order -> window order
     inverse: Tensor | None = None
     taps: Tensor | None = None  # int64 [N, 4] into the learned position table
@@ -55,7 +56,7 @@ class Planner:
         lengths = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
         images = plan_attention(lengths, self.device)
         if self.window:
-            return self._windowed(grids, positions, images)
+            return self._windowed(grids, positions, lengths, images)
         taps = weights = None
         if self.table_side:
             parts = [interpolation(g, self.merge, self.table_side) for g in grids]
@@ -64,27 +65,37 @@ class Planner:
         return TowerPlan(upload(positions, self.device), images, taps=taps, tap_weights=weights)
 
     def _windowed(
-        self, grids: tuple[Grid, ...], positions: np.ndarray, images: AttentionPlan
+        self,
+        grids: tuple[Grid, ...],
+        positions: np.ndarray,
+        lengths: list[int],
+        images: AttentionPlan,
     ) -> TowerPlan:
         unit = self.merge**2
         parts = [window_units(g, self.merge, self.window) for g in grids]
         counts = np.array([len(order) for order, _ in parts])
         starts = np.repeat(np.cumsum(counts) - counts, counts)
         sizes = np.concatenate([size for _, size in parts])
+        frames = np.repeat(np.arange(len(lengths)), np.array(lengths) // unit)
         # A stable sort keeps each window together: its units are neighbours of one size.
-        by_size = np.argsort(-sizes, kind="stable")
+        by_size = np.lexsort((-sizes, frames))
         order = (np.concatenate([order for order, _ in parts]) + starts)[by_size]
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
-        values, repeats = np.unique(-sizes, return_counts=True)
-        lengths = [
-            int(-v) * unit for v, n in zip(values, repeats, strict=True) for _ in range(n // -v)
-        ]
+        windows = [size * unit for size in _one_each(sizes[by_size].tolist())]
         placed = positions.reshape(2, -1, unit)[:, order].reshape(2, -1)
         return TowerPlan(
             upload(placed, self.device),
             images,
-            plan_windows(lengths, self.like),
+            plan_windows(windows, self.like),
             upload(order, self.device),
             upload(inverse, self.device),
         )
+
+
+def _one_each(sizes: list[int]) -> Iterator[int]:
+    """Each window's size once, of a list that names it for every unit."""
+    at = 0
+    while at < len(sizes):
+        yield sizes[at]
+        at += sizes[at]

@@ -184,8 +184,4 @@ class QwenTower:
             return window_attention(qkv, cos, sin, plan.windows, c.heads, scale)
         heads = qkv.view(len(qkv), 3 * c.heads, c.head_dim)
         q, k = rotate(heads[:, : 2 * c.heads], cos, sin).split(c.heads, dim=1)
-        v = heads[:, 2 * c.heads :]
-        if plan.windows is None:
-            return varlen_attention(q, k, v, plan.images, scale).flatten(1)
-        q, k, v = (self._reorder(t.contiguous(), plan.inverse) for t in (q, k, v))
-        return self._reorder(varlen_attention(q, k, v, plan.images, scale), plan.order).flatten(1)
+        return varlen_attention(q, k, heads[:, 2 * c.heads :], plan.images, scale).flatten(1)
