@@ -87,8 +87,7 @@ class Engine:
         self._fed = True
         while True:
             self._receive(feed)
-            flush = not self._fed or not self.running
-            pieces = [] if self.draining else self.scheduler.next_batch(flush)
+            pieces = [] if self.draining else self.scheduler.next_batch(self._flushing())
             if pieces:
                 self._prefill(pieces)
                 if self._mode.guided:  # the first tokens decide what may follow
@@ -96,13 +95,18 @@ class Engine:
             elif not self.running and self.scheduler.waiting and not self.draining:
                 self.scheduler.reject_stuck()
             self.scheduler.batch_has_run()
-            if self.running:
+            # Lanes that can be filled at once are: a step costs about the same however few run.
+            if self.running and not (pieces and self.scheduler.has_batch(self._flushing())):
                 self._step()
             lag = 1 if self.settings.overlap and not self._mode.guided else 0
             yield from self._collect(lag if self.running else 0)
             if not self.running and (self.draining or self._idle()):
                 self.timer.settle(wait=True)
                 return
+
+    def _flushing(self) -> bool:
+        """Whether a small batch is worth it, as nothing more comes or nothing runs."""
+        return not self._fed or not self.running
 
     def _idle(self) -> bool:
         return not (self._fed or self.scheduler.waiting or self._steps)

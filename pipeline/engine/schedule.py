@@ -1,6 +1,7 @@
 """Which work runs next: fed prefixes and groups become batches that fit lanes, places and tokens.
 
-Order is the planner's. A batch is admitted when it is worth a prefill; until then decoding goes on.
+Order is the planner's. A batch is admitted when it is worth a prefill; until then decoding goes on,
+and while batches are ready decoding waits: a step over many lanes costs little more than over few.
 Knows extents and sequences; no tensor, no model.
 """
 
@@ -162,7 +163,7 @@ class Scheduler:
         `flush`: no more work will be fed soon, so that a small batch is worth it.
         """
         pieces: list[Piece] = []
-        if not self.waiting or not (flush or self._worth_it()):
+        if not self.has_batch(flush):
             return pieces
         budget = self.prefill_tokens
         while self.waiting and self.free_lanes and budget > 0:
@@ -173,6 +174,10 @@ class Scheduler:
                 break
             self._drop(self.waiting.popleft())
         return pieces
+
+    def has_batch(self, flush: bool) -> bool:
+        """Whether `next_batch` would try one now."""
+        return bool(self.waiting and self.free_lanes) and (flush or self._worth_it())
 
     def reject_stuck(self) -> None:
         """Nothing runs and nothing fits: the first waiting request never will."""

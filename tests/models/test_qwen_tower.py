@@ -70,16 +70,25 @@ def test_interpolation_equals_transformers() -> None:
         assert np.array_equal(ours[1], weight.numpy())
 
 
-def test_windows_of_a_batch_stand_together_by_size() -> None:
-    plan = Planner(2, torch.zeros(1), window=4).plan([GRIDS[0], GRIDS[3], GRIDS[2]])
+def test_windows_stand_in_their_image_side_by_side_by_size() -> None:
+    grids = [GRIDS[0], GRIDS[3], GRIDS[2]]
+    plan = Planner(2, torch.zeros(1), window=4).plan(grids)
     assert plan.windows is not None
     assert plan.order is not None
     assert plan.inverse is not None
     windows = plan.windows.dense
     assert windows is not None
-    assert all(r.index is None for r in windows.rectangles)
     assert windows.num_tokens == plan.images.num_tokens == 4 * len(plan.order)
     assert torch.equal(plan.order[plan.inverse], torch.arange(len(plan.order)))
+    start = 0
+    for grid in grids:
+        units = grid[0] * grid[1] * grid[2] // 4
+        here = slice(start, start + units)
+        assert torch.equal(plan.order[here].sort().values, torch.arange(start, start + units))
+        alone = Planner(2, torch.zeros(1), window=4).plan([grid])
+        assert alone.order is not None
+        assert torch.equal(plan.order[here], alone.order + start)
+        start += units
 
 
 def test_plans_are_kept_and_forgotten() -> None:
