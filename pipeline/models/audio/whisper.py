@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.kernels.attention import dense_attention
 from pipeline.models.layers import MLP, LayerNorm, Linear, activation
 from pipeline.models.loading import Weights
 from pipeline.models.vision.vit import Block
@@ -105,7 +106,7 @@ class WhisperEncoder:
             heads = qkv[start:stop].view(count, shape.frames, 3, self.config.heads, -1)
             q, k, v = heads.permute(2, 0, 3, 1, 4)
             mask = self._mask(shape.frames, shape.heard)
-            found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            found = dense_attention(q, k, v, mask=mask)
             out[start:stop] = found.transpose(1, 2).reshape(stop - start, -1)
             start = stop
         return out

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.kernels.attention import dense_attention
 from pipeline.models.layers import MLP, LayerNorm, Linear
 from pipeline.models.loading import Weights
 from pipeline.models.vision.vit import PatchEmbed, VitConfig
@@ -90,10 +91,10 @@ class _Block:
 
     def _attend(self, x: Tensor, num_real: int) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = functional.scaled_dot_product_attention(q[:, :, :num_real], k, v)
+        out = dense_attention(q[:, :, :num_real], k, v)
         if num_real < x.shape[1]:
             few = k[:, :, :num_real], v[:, :, :num_real]
-            padded = functional.scaled_dot_product_attention(q[:, :, num_real:], *few)
+            padded = dense_attention(q[:, :, num_real:], *few)
             out = torch.cat([out, padded], 2)
         return out.transpose(1, 2).flatten(2)
 

@@ -12,9 +12,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from pipeline.kernels.attention import AttentionPlan
+from pipeline.kernels.attention import AttentionPlan, dense_attention
 from pipeline.models.layers import LayerNorm, Linear
 from pipeline.models.loading import Weights
 
@@ -83,7 +82,7 @@ class Resampler:
         shape = (count, length)
         k, v = (t[: count * length].unflatten(0, shape).transpose(1, 2) for t in (key, value))
         q = self.query.transpose(0, 1).expand(count, -1, -1, -1)
-        out = functional.scaled_dot_product_attention(q, k, v)
+        out = dense_attention(q, k, v)
         return out.transpose(1, 2).reshape(-1, self.size)
 
     def _heads(self, x: Tensor) -> Tensor:
