@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.bench import checkpoint, measure, workloads  # noqa: E402
 
 NUM_KERNELS = 40
+NUM_GAPS = 20
 LONG_GAP = 0.002  # seconds
 
 
@@ -52,6 +53,7 @@ def profiled(chosen: Any, loads: list[Any]) -> tuple[list[tuple[str, float, floa
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as found:
             started = time.perf_counter()
+            torch.ones(1, device="cuda")  # the waits before the first kernel count too
             list(labeller.label([measure.shard(loads[1], "profiled", prompts)]))
             torch.cuda.synchronize()
             seconds = time.perf_counter() - started
@@ -69,28 +71,31 @@ def report(events: list[tuple[str, float, float]], seconds: float) -> None:
         total[name] += end - start
         count[name] += 1
     busy, gaps = busy_and_gaps(events)
-    long = [g for g in gaps if g > LONG_GAP]
-    print(f"wall {seconds:.3f} s, device busy {busy:.3f} s; gaps {sum(gaps):.3f} s in {len(gaps)}")
-    print(f"gaps over {LONG_GAP * 1e3:.0f} ms: {sum(long):.3f} s in {len(long)}")
+    idle = sum(length for length, _, _ in gaps)
+    long = [gap for gap in gaps if gap[0] > LONG_GAP]
+    print(f"wall {seconds:.3f} s, device busy {busy:.3f} s; gaps {idle:.3f} s in {len(gaps)}")
+    print(f"gaps over {LONG_GAP * 1e3:.0f} ms: {sum(g[0] for g in long):.3f} s in {len(long)}")
+    for length, at, name in sorted(long, reverse=True)[:NUM_GAPS]:
+        print(f"{length * 1e3:10.1f} ms at {at:7.3f} s before {name[:90]}")
     print(f"{'ms':>10} {'count':>7} {'us each':>9}  kernel")
     for name in sorted(total, key=lambda n: -total[n])[:NUM_KERNELS]:
         each = total[name] / count[name] * 1e6
         print(f"{total[name] * 1e3:10.1f} {count[name]:7d} {each:9.1f}  {name[:110]}")
 
 
-def busy_and_gaps(events: list[tuple[str, float, float]]) -> tuple[float, list[float]]:
-    """Seconds in which any kernel ran, and the waits between."""
-    busy, reached = 0.0, None
+def busy_and_gaps(
+    events: list[tuple[str, float, float]],
+) -> tuple[float, list[tuple[float, float, str]]]:
+    """Seconds in which any kernel ran; of each wait: length, time, and the kernel after it."""
+    busy, first, reached = 0.0, None, 0.0
     gaps = []
-    for _, start, end in sorted(events, key=lambda e: e[1]):
-        if reached is None or start > reached:
-            if reached is not None:
-                gaps.append(start - reached)
-            busy += end - start
-            reached = end
-        elif end > reached:
-            busy += end - reached
-            reached = end
+    for name, start, end in sorted(events, key=lambda e: e[1]):
+        if first is None:
+            first = reached = start
+        if start > reached:
+            gaps.append((start - reached, reached - first, name))
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
     return busy, gaps
 
 
