@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +31,7 @@ from pipeline.rows import (
 from pipeline.settings import LabelSettings
 from pipeline.tokenizer import Tokenizer
 
+CARD_SHARE = 2 << 30  # bytes of cache: several test processes work beside each other on one card
 TEXTS = ("Describe this.", "What is left of the blue house?", "Count the birds, then stop.", "Hm")
 
 
@@ -51,6 +52,7 @@ class Bench:
 
     @classmethod
     def open(cls, folder: Path, **engine: Any) -> Bench:
+        """With few lanes: they and the model's context bound the cache, however large the card."""
         engine = {"device": "cpu", "decode_slots": 8, "prefill_tokens": 256} | engine
         settings = LabelSettings.model_validate(
             {"model": {"id": str(folder)}, "input": {"path": "-"}, "engine": engine}
@@ -58,6 +60,11 @@ class Bench:
         checkpoint = Checkpoint.open(settings.model)
         family = family_for(checkpoint, settings.model)
         return cls(settings, checkpoint, family, Tokenizer(checkpoint, family.control))
+
+    def with_model(self, **changes: Any) -> Bench:
+        """The same questions with other settings of the model: dtype, quantization."""
+        model = self.settings.model.model_copy(update=changes)
+        return replace(self, settings=self.settings.model_copy(update={"model": model}))
 
     def request(
         self,
@@ -96,7 +103,10 @@ class Bench:
         return Request(key, tokens, tuple(images), positions, following, params, schema)
 
     def engine(self) -> Any:
-        return build_engine(self.settings, self.checkpoint, self.family, self.tokenizer)
+        engine = build_engine(self.settings, self.checkpoint, self.family, self.tokenizer)
+        held = engine.cache.data.nbytes
+        assert held <= CARD_SHARE, f"a cache of {held >> 20} MiB; name fewer decode_slots"
+        return engine
 
     def run(self, requests: Sequence[Request], engine: Any = None) -> dict[Any, Completion]:
         planner = Planner(self.settings.engine, whole_images=self.family.images_reach_back)

@@ -61,9 +61,8 @@ def test_the_same_tokens_on_a_gpu(
     folder: Path, graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(**engine: Any) -> dict[Any, tuple[int, ...]]:
-        bench = Bench.open(folder, device="cuda", decode_slots=32, cuda_graphs=graphs, **engine)
-        model = bench.settings.model.model_copy(update={"dtype": "float32"})
-        bench.settings = bench.settings.model_copy(update={"model": model})
+        engine |= {"device": "cuda", "decode_slots": 32, "cuda_graphs": graphs}
+        bench = Bench.open(folder, **engine).with_model(dtype="float32")
         requests = [
             bench.request(row, f"{text} {number}", [picture(row, 392, 336)], f"p{number}")
             for row in range(3)

@@ -41,8 +41,7 @@ def test_same_bits_in_every_arrangement(folder: Path, kind: tuple[str, str]) -> 
     texts, bits = [], []
     for arrangement in ARRANGEMENTS:
         bench = Bench.open(folder, device=device, deterministic=True, **arrangement)
-        model = bench.settings.model.model_copy(update={"quantization": quantization})
-        bench.settings = bench.settings.model_copy(update={"model": model})
+        bench = bench.with_model(quantization=quantization)
         engine = bench.engine()
         assert invariant()
         first: dict[Any, torch.Tensor] = {}

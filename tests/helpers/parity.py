@@ -1,12 +1,13 @@
 """Runs one prompt through our model and through transformers' from the same folder.
 
 A prompt is a list of parts: lists of token ids, and images as uint8 arrays. Logits of every
-position come back from both, so that a test can compare them.
+position come back on the CPU, whatever device the model is on, so that a test can compare them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.models.base import DenseAttend, Model, image_spans
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.family import Family
 from pipeline.models.loading import load_model
+from pipeline.models.registry import family_for
 from pipeline.rows import EncodedImage, ImageLayout, PlacedImage
 from pipeline.settings import ModelSettings
 
@@ -57,6 +59,13 @@ def open_ours(folder: Path, build: Any, dtype: torch.dtype = torch.float32) -> M
     return load_model(checkpoint, build(checkpoint, settings), "cpu", dtype)
 
 
+def open_found(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Load the folder, or the hub's repository, with the family that the registry finds."""
+    settings = ModelSettings(id=str(folder))
+    checkpoint = Checkpoint.open(settings)
+    return load_model(checkpoint, family_for(checkpoint, settings), device, dtype)
+
+
 def make_prompt(family: Family, parts: Sequence[Part], num_images: int = 1) -> Prompt:
     tokens: list[int] = []
     images, layouts, starts = [], [], []
@@ -72,6 +81,12 @@ def make_prompt(family: Family, parts: Sequence[Part], num_images: int = 1) -> P
     return Prompt(np.array(tokens, np.int32), tuple(images), tuple(layouts), tuple(starts))
 
 
+def mixed_prompt(family: Family, sizes: Sequence[tuple[int, int]]) -> Prompt:
+    """Images of these sizes with a little text before each and at the end."""
+    parts = [p for i, size in enumerate(sizes) for p in (random_text(4, i), random_image(*size, i))]
+    return make_prompt(family, [*parts, random_text(5)])
+
+
 def random_image(width: int, height: int, seed: int = 0) -> np.ndarray:
     """Soft blobs with noise: neither flat nor white noise after a resize."""
     rng = np.random.default_rng(seed)
@@ -85,15 +100,20 @@ def random_text(length: int, seed: int = 0, vocabulary: int = 300) -> list[int]:
 
 
 def model_input(model: Model, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Return embedded tokens, positions and the next position."""
+    """Return embedded tokens and positions on the model's device, and the next position."""
     positions, following = model.family.positions(prompt.tokens, prompt.placed())
-    tokens = torch.from_numpy(prompt.tokens).long()
+    tokens = torch.from_numpy(prompt.tokens).long().to(model.device)
     features = where = None
     if prompt.images:
-        images = [torch.from_numpy(image) for image in prompt.images]
-        features = model.encode_images(images, list(prompt.layouts))
-        where = torch.from_numpy(prompt.where)
-    return model.embed(tokens, features, where), torch.from_numpy(positions), following
+        features = model.encode_images(images_on(model, prompt), list(prompt.layouts))
+        where = torch.from_numpy(prompt.where).to(model.device)
+    placed = torch.from_numpy(positions).to(model.device)
+    return model.embed(tokens, features, where), placed, following
+
+
+def images_on(model: Model, prompt: Prompt) -> list[torch.Tensor]:
+    """The prompt's images on the model's device."""
+    return [torch.from_numpy(image).to(model.device) for image in prompt.images]
 
 
 def our_logits(model: Model, prompt: Prompt) -> torch.Tensor:
@@ -101,7 +121,7 @@ def our_logits(model: Model, prompt: Prompt) -> torch.Tensor:
     x, positions, _ = model_input(model, prompt)
     decoder = model.decoder
     attend = DenseAttend(decoder.config, image_spans(model, prompt.tokens))
-    return decoder.logits(decoder(x, positions, attend))
+    return decoder.logits(decoder(x, positions, attend)).cpu()
 
 
 def our_tokens(model: Model, prompt: Prompt, count: int) -> list[int]:
@@ -109,14 +129,34 @@ def our_tokens(model: Model, prompt: Prompt, count: int) -> list[int]:
     decoder = model.decoder
     x, positions, following = model_input(model, prompt)
     attend = DenseAttend(decoder.config, image_spans(model, prompt.tokens))
-    last = torch.tensor([len(x) - 1])
+    last = torch.tensor([len(x) - 1], device=model.device)
     hidden = decoder(x, positions, attend, last)
     out: list[int] = []
     for step in range(count):
         out.append(int(decoder.logits(hidden)[0].argmax()))
-        at = torch.full((model.num_axes, 1), following + step)
-        hidden = decoder(model.embed(torch.tensor(out[-1:])), at, attend)
+        at = torch.full((model.num_axes, 1), following + step, device=model.device)
+        token = torch.tensor(out[-1:], device=model.device)
+        hidden = decoder(model.embed(token), at, attend)
     return out
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Inside, whatever makes the host wait for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_encodes_without_waiting(model: Model, prompt: Prompt) -> None:
+    """A second encoding, when all tables are made, waits for nothing and gives the same bits."""
+    images, layouts = images_on(model, prompt), list(prompt.layouts)
+    first = model.encode_images(images, layouts)
+    with waiting_is_an_error():
+        again = model.encode_images(images, layouts)
+    assert torch.equal(first, again)
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

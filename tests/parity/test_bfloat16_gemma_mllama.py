@@ -62,9 +62,6 @@ def test_errors_are_as_small(folders: dict[str, Path], kind: str) -> None:
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_engine_runs(folders: dict[str, Path], kind: str, quantization: str) -> None:
-    bench = Bench.open(folders[kind])
-    changes = {"dtype": "bfloat16", "quantization": quantization}
-    model = bench.settings.model.model_copy(update=changes)
-    bench.settings = bench.settings.model_copy(update={"model": model})
+    bench = Bench.open(folders[kind]).with_model(dtype="bfloat16", quantization=quantization)
     questions = gemma3.gemma_questions if kind == "gemma3" else mllama.mllama_questions
     assert all(c.error is None for c in bench.run(questions(bench)).values())

@@ -46,7 +46,5 @@ def test_errors_are_as_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", WRITERS)
 def test_the_engine_runs(kind: str, quantization: str, tmp_path: Path) -> None:
     bench = Bench.open(WRITERS[kind](tmp_path))
-    changes = {"dtype": "bfloat16", "quantization": quantization}
-    model = bench.settings.model.model_copy(update=changes)
-    bench.settings = bench.settings.model_copy(update={"model": model})
+    bench = bench.with_model(dtype="bfloat16", quantization=quantization)
     assert all(c.error is None for c in bench.run(questions(bench)).values())

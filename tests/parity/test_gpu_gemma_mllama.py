@@ -22,10 +22,7 @@ WRITERS = {"gemma3": write_gemma3, "mllama": write_mllama}
 
 def open_wide(folder: Path, **engine: Any) -> Bench:
     """A bench that computes in float32 everywhere."""
-    bench = Bench.open(folder, **engine)
-    model = bench.settings.model.model_copy(update={"dtype": "float32"})
-    bench.settings = bench.settings.model_copy(update={"model": model})
-    return bench
+    return Bench.open(folder, **engine).with_model(dtype="float32")
 
 
 @pytest.mark.parametrize("graphs", [True, False])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,19 @@ import pytest
 import torch
 
 from pipeline.kernels.backend import set_invariant
-from pipeline.models.base import DenseAttend, Model
-from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.llava import tiles
-from pipeline.models.loading import load_model
-from pipeline.models.registry import family_for
 from pipeline.models.vision.views import render_view
 from pipeline.rows import View
-from pipeline.settings import ModelSettings
 from tests.helpers.llava_checkpoint import write_original
-from tests.helpers.parity import Prompt, difference, make_prompt, random_image, random_text
+from tests.helpers.parity import (
+    check_encodes_without_waiting,
+    difference,
+    images_on,
+    mixed_prompt,
+    open_found,
+    our_logits,
+    random_image,
+)
 from tests.helpers.pixtral_checkpoint import write_mistral, write_twin
 
 pytestmark = pytest.mark.gpu
@@ -34,23 +36,6 @@ def _write(folder: Path, kind: str) -> Path:
     return write_original(folder, kind)
 
 
-def _load(folder: Path, device: str, dtype: torch.dtype) -> Model:
-    settings = ModelSettings(id=str(folder))
-    checkpoint = Checkpoint.open(settings)
-    return load_model(checkpoint, family_for(checkpoint, settings), device, dtype)
-
-
-def _logits(model: Model, prompt: Prompt) -> torch.Tensor:
-    positions, _ = model.family.positions(prompt.tokens, prompt.placed())
-    images = [torch.from_numpy(image).to(model.device) for image in prompt.images]
-    features = model.encode_images(images, list(prompt.layouts))
-    tokens = torch.from_numpy(prompt.tokens).long().to(model.device)
-    x = model.embed(tokens, features, torch.from_numpy(prompt.where).to(model.device))
-    decoder = model.decoder
-    placed = torch.from_numpy(positions).to(model.device)
-    return decoder.logits(decoder(x, placed, DenseAttend(decoder.config))).cpu()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)], ids=["f32", "bf16"]
@@ -60,40 +45,26 @@ def test_logits_equal_the_cpus(
     kind: str, dtype: torch.dtype, tolerance: float, tmp_path: Path
 ) -> None:
     folder = _write(tmp_path / kind, kind)
-    cpu = _load(folder, "cpu", torch.float32)
-    parts = [p for i, s in enumerate(SIZES) for p in (random_text(4, i), random_image(*s, i))]
-    prompt = make_prompt(cpu.family, [*parts, random_text(5)])
-    found = _logits(_load(folder, "cuda", dtype), prompt)
-    assert difference(found, _logits(cpu, prompt)) < tolerance
+    cpu = open_found(folder)
+    prompt = mixed_prompt(cpu.family, SIZES)
+    found = our_logits(open_found(folder, "cuda", dtype), prompt)
+    assert difference(found, our_logits(cpu, prompt)) < tolerance
 
 
-@pytest.fixture
-def _waiting_is_an_error() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.usefixtures("_waiting_is_an_error")
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_images_are_encoded_without_waiting(kind: str, tmp_path: Path) -> None:
-    model = _load(_write(tmp_path / kind, kind), "cuda", torch.bfloat16)
-    images = [torch.from_numpy(random_image(*size)).cuda() for size in SIZES]
-    layouts = [model.family.layout(*size) for size in SIZES]
-    first = model.encode_images(images, layouts)
-    torch.cuda.set_sync_debug_mode("error")
-    again = model.encode_images(images, layouts)
-    torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(first, again)
+    model = open_found(_write(tmp_path / kind, kind), "cuda", torch.bfloat16)
+    check_encodes_without_waiting(model, mixed_prompt(model.family, SIZES))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_an_images_bits_do_not_depend_on_its_batch(kind: str, tmp_path: Path) -> None:
     """Under `engine.deterministic`; the decoder's are the engine's tests'."""
-    model = _load(_write(tmp_path / kind, kind), "cuda", torch.bfloat16)
-    images = [torch.from_numpy(random_image(*size)).cuda() for size in SIZES]
-    layouts = [model.family.layout(*size) for size in SIZES]
+    model = open_found(_write(tmp_path / kind, kind), "cuda", torch.bfloat16)
+    prompt = mixed_prompt(model.family, SIZES)
+    images, layouts = images_on(model, prompt), list(prompt.layouts)
     set_invariant(True)
     try:
         together = model.encode_images(images, layouts)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.models.base import DenseAttend, Model
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.loading import load_model
-from pipeline.models.registry import family_for
+from pipeline.models.base import Model
 from pipeline.models.vision.views import render_view
 from pipeline.rows import ImageLayout, View
-from pipeline.settings import ModelSettings
 from tests.helpers.minicpm_checkpoint import write_minicpm_o, write_minicpm_v
-from tests.helpers.parity import Prompt, difference, random_image, random_text
+from tests.helpers.parity import (
+    Prompt,
+    check_encodes_without_waiting,
+    difference,
+    open_found,
+    our_logits,
+    random_image,
+    random_text,
+)
 from tests.helpers.smolvlm_checkpoint import write_smolvlm
 from tests.parity.minicpm_cases import Wave, samples_of
 
@@ -29,12 +33,6 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 }
 SIZES = [(300, 200), (640, 480), (9, 7), (1600, 300), (640, 480)]
 SOUNDS = [9_000, 500_000]
-
-
-def _load(folder: Path, device: str, dtype: torch.dtype) -> Model:
-    settings = ModelSettings(id=str(folder))
-    checkpoint = Checkpoint.open(settings)
-    return load_model(checkpoint, family_for(checkpoint, settings), device, dtype)
 
 
 def _media(model: Model) -> tuple[list[np.ndarray], list[ImageLayout]]:
@@ -61,17 +59,6 @@ def _prompt(model: Model) -> Prompt:
     return Prompt(np.array(tokens, np.int32), tuple(media), tuple(layouts), tuple(starts))
 
 
-def _logits(model: Model, prompt: Prompt) -> torch.Tensor:
-    positions, _ = model.family.positions(prompt.tokens, prompt.placed())
-    images = [torch.from_numpy(image).to(model.device) for image in prompt.images]
-    features = model.encode_images(images, list(prompt.layouts))
-    tokens = torch.from_numpy(prompt.tokens).long().to(model.device)
-    x = model.embed(tokens, features, torch.from_numpy(prompt.where).to(model.device))
-    decoder = model.decoder
-    placed = torch.from_numpy(positions).to(model.device)
-    return decoder.logits(decoder(x, placed, DenseAttend(decoder.config))).cpu()
-
-
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.06)], ids=["f32", "bf16"]
@@ -81,30 +68,17 @@ def test_logits_equal_the_cpus(
     kind: str, dtype: torch.dtype, tolerance: float, tmp_path: Path
 ) -> None:
     folder = WRITERS[kind](tmp_path / kind)
-    cpu = _load(folder, "cpu", torch.float32)
+    cpu = open_found(folder)
     prompt = _prompt(cpu)
-    found = _logits(_load(folder, "cuda", dtype), prompt)
-    assert difference(found, _logits(cpu, prompt)) < tolerance
+    found = our_logits(open_found(folder, "cuda", dtype), prompt)
+    assert difference(found, our_logits(cpu, prompt)) < tolerance
 
 
-@pytest.fixture
-def _waiting_is_an_error() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.usefixtures("_waiting_is_an_error")
 @pytest.mark.parametrize("kind", WRITERS)
 @torch.inference_mode()
 def test_media_are_encoded_without_waiting(kind: str, tmp_path: Path) -> None:
-    model = _load(WRITERS[kind](tmp_path / kind), "cuda", torch.bfloat16)
-    media, layouts = _media(model)
-    images = [torch.from_numpy(one).cuda() for one in media]
-    first = model.encode_images(images, layouts)
-    torch.cuda.set_sync_debug_mode("error")
-    again = model.encode_images(images, layouts)
-    torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(first, again)
+    model = open_found(WRITERS[kind](tmp_path / kind), "cuda", torch.bfloat16)
+    check_encodes_without_waiting(model, _prompt(model))
 
 
 @pytest.mark.parametrize("size", [(37, 500), (500, 37), (301, 300)])

@@ -10,16 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.models.base import Model
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.loading import load_model
-from pipeline.models.registry import family_for
 from pipeline.rows import VideoInfo
-from pipeline.settings import ModelSettings, VideoSettings
+from pipeline.settings import VideoSettings
 from tests.helpers.checkpoints import WRITERS
 from tests.helpers.llava_checkpoint import write_original
 from tests.helpers.minicpm_checkpoint import write_minicpm_v
-from tests.helpers.parity import difference, random_image
+from tests.helpers.parity import difference, open_found, random_image
 
 pytestmark = pytest.mark.gpu
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -29,17 +25,11 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def _load(folder: Path, device: str) -> Model:
-    settings = ModelSettings(id=str(folder))
-    checkpoint = Checkpoint.open(settings)
-    return load_model(checkpoint, family_for(checkpoint, settings), device, torch.float32)
-
-
 @pytest.mark.parametrize("name", MAKERS)
 @torch.inference_mode()
 def test_features_equal_the_cpus(name: str, tmp_path: Path) -> None:
     folder = MAKERS[name](tmp_path / "model")
-    cpu, gpu = _load(folder, "cpu"), _load(folder, "cuda")
+    cpu, gpu = open_found(folder), open_found(folder, "cuda")
     family: Any = cpu.family
     size = (760, 400) if name == "minicpm" else (190, 130)  # two slices a frame
     layouts = [
