@@ -59,7 +59,9 @@ def open_ours(folder: Path, build: Any, dtype: torch.dtype = torch.float32) -> M
     return load_model(checkpoint, build(checkpoint, settings), "cpu", dtype)
 
 
-def open_found(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+def open_found(
+    folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Model:
     """Load the folder, or the hub's repository, with the family that the registry finds."""
     settings = ModelSettings(id=str(folder))
     checkpoint = Checkpoint.open(settings)

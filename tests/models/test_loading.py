@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from pipeline.errors import UserError
 from pipeline.models.families.qwen_vl import spec
 from pipeline.models.loading import Weights
+from tests.helpers.checkpoint_copies import set_tensor
 from tests.helpers.checkpoints import write_qwen2_5_vl, write_qwen2_vl
 from tests.helpers.parity import make_prompt, open_ours, our_logits, random_image, random_text
 
@@ -22,18 +24,6 @@ def file(tmp_path: Path) -> Path:
     tensors = {"a.weight": torch.ones(2, 3), "b.weight": torch.full((1, 3), 2.0)}
     save_file(tensors | {"rotary_emb.inv_freq": torch.ones(4)}, path)
     return path
-
-
-def _rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in change.items():
-        if tensor is None:
-            del tensors[name]
-        else:
-            tensors[name] = tensor
-    save_file(tensors, folder / "model.safetensors")
 
 
 def test_take_converts_and_finish_is_content(file: Path) -> None:
@@ -106,18 +96,17 @@ def test_bin_and_sharded_files_load_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "shape", "message"),
     [
-        ({"model.layers.1.self_attn.k_proj.bias": None}, r"lacks .*layers\.1\.self_attn\.k_proj"),
-        ({"visual.merger.mlp.2.weight": torch.zeros(3, 3)}, r"merger\.mlp\.2\.weight.*\(3, 3\)"),
-        ({"model.layers.7.mlp.up_proj.weight": torch.zeros(2)}, r"layers\.7\.mlp\.up_proj"),
+        ("model.layers.1.self_attn.k_proj.bias", None, r"lacks .*layers\.1\.self_attn\.k_proj"),
+        ("visual.merger.mlp.2.weight", (3, 3), r"merger\.mlp\.2\.weight.*\(3, 3\)"),
+        ("model.layers.7.mlp.up_proj.weight", (2,), r"layers\.7\.mlp\.up_proj"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit(
-    tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+    tmp_path: Path, name: str, shape: Any, message: str
 ) -> None:
-    folder = write_qwen2_5_vl(tmp_path)
-    _rewrite(folder, change)
+    folder = set_tensor(write_qwen2_5_vl(tmp_path), name, shape)
     with pytest.raises(UserError, match=message):
         open_ours(folder, spec.build)
 
@@ -135,7 +124,6 @@ def test_a_config_that_lacks_a_key_is_told(tmp_path: Path) -> None:
 
 
 def test_a_tied_checkpoint_may_store_its_head_as_well(tmp_path: Path) -> None:
-    folder = write_qwen2_vl(tmp_path, tied=True)
-    _rewrite(folder, {"lm_head.weight": torch.zeros(384, 64)})
+    folder = set_tensor(write_qwen2_vl(tmp_path, tied=True), "lm_head.weight", (384, 64))
     model = open_ours(folder, spec.build)
     assert model.decoder.head.weight is model.embedding

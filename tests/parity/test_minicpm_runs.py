@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import UserError
 from pipeline.models.families.minicpm import spec
 from pipeline.rows import Request
 from tests.engine.engine_bench import PIXELS, Bench, outputs, picture, questions
+from tests.helpers.checkpoint_copies import copy_with_tensor
 from tests.helpers.label_run import label_run
 from tests.helpers.minicpm_checkpoint import write_minicpm_v
 from tests.helpers.parity import Prompt, open_ours, our_tokens
-
-Tensors = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +48,20 @@ def test_the_engine_answers_as_each_request_alone(folder: Path, slots: int) -> N
     assert outputs(bench.run(requests)) == {r.key: _alone(model, r) for r in requests}
 
 
-def _broken(folder: Path, change: Callable[[Tensors], None], target: Path) -> Path:
-    target.mkdir()
-    for file in folder.glob("*.json"):
-        (target / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, target / "model.safetensors")
-    return target
-
-
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("name", "shape", "named"),
     [
-        (lambda t: t.pop("resampler.proj"), "'resampler.proj'"),
-        (lambda t: t.update({"vpm.more": np.zeros(2, np.float32)}), "'vpm.more'"),
-        (
-            lambda t: t.update({"llm.lm_head.weight": np.zeros((3, 256), np.float32)}),
-            r"'llm.lm_head.weight' has shape \(3, 256\)",
-        ),
+        ("resampler.proj", None, "'resampler.proj'"),
+        ("vpm.more", (2,), "'vpm.more'"),
+        ("llm.lm_head.weight", (3, 256), r"'llm.lm_head.weight' has shape \(3, 256\)"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(
-    folder: Path, tmp_path: Path, change: Callable[[Tensors], None], named: str
+    folder: Path, tmp_path: Path, name: str, shape: Any, named: str
 ) -> None:
+    broken = copy_with_tensor(folder, tmp_path / "broken", name, shape)
     with pytest.raises(UserError, match=named):
-        open_ours(_broken(folder, change, tmp_path / "broken"), spec.build)
+        open_ours(broken, spec.build)
 
 
 def test_run(folder: Path, tmp_path: Path) -> None:

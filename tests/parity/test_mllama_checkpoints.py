@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import UserError
 from pipeline.models.checkpoint import Checkpoint
@@ -16,6 +14,7 @@ from pipeline.models.families.mllama import spec
 from pipeline.models.family import Family
 from pipeline.models.registry import family_for
 from pipeline.settings import ModelSettings
+from tests.helpers.checkpoint_copies import copy_with_tensor
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.mllama_checkpoint import write_mllama
 from tests.helpers.parity import open_ours
@@ -32,7 +31,7 @@ def family_of(folder: Path, **options: Any) -> Family:
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "shape"),
     [
         ("vision_model.gated_positional_embedding.gate", None),
         ("language_model.model.layers.1.cross_attn.q_norm.weight", (7,)),
@@ -40,18 +39,11 @@ def family_of(folder: Path, **options: Any) -> Family:
     ],
 )
 def test_a_wrong_tensor_is_named(
-    folder: Path, tmp_path: Path, name: str, change: tuple[int, ...] | None
+    folder: Path, tmp_path: Path, name: str, shape: tuple[int, ...] | None
 ) -> None:
-    for file in folder.glob("*.json"):
-        (tmp_path / file.name).write_text(file.read_text())
-    tensors = load_file(folder / "model.safetensors")
-    if change is None:
-        del tensors[name]
-    else:
-        tensors[name] = np.zeros(change, np.float32)
-    save_file(tensors, tmp_path / "model.safetensors")
+    broken = copy_with_tensor(folder, tmp_path / "broken", name, shape)
     with pytest.raises(UserError, match=name.partition("layers.")[2] or "embedding.gate"):
-        open_ours(tmp_path, spec.build)
+        open_ours(broken, spec.build)
 
 
 def test_detection(folder: Path) -> None:

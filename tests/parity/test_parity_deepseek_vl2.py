@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from pipeline.engine.memory import place_bytes
 from pipeline.errors import RowError, UserError
@@ -23,6 +23,7 @@ from pipeline.rows import Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import Bench, outputs, questions
+from tests.helpers.checkpoint_copies import set_tensor
 from tests.helpers.deepseek_vl2_checkpoint import CANDIDATES, IDS, SIDE, SPECIAL, write_deepseek_vl2
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.parity import (
@@ -297,13 +298,7 @@ def test_parameters_are_counted(folders: dict[str, Path]) -> None:
     ],
 )
 def test_wrong_tensors(tmp_path: Path, name: str, shape: Any, message: str) -> None:
-    folder = write_deepseek_vl2(tmp_path, "base")
-    for part in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(part)
-        tensors.pop(name, None)
-        if shape is not None and part.name.startswith("model-00001"):
-            tensors[name] = np.ones(shape, np.float32)
-        save_file(tensors, part)
+    folder = set_tensor(write_deepseek_vl2(tmp_path, "base"), name, shape)
     with pytest.raises(UserError, match=message):
         open_ours(folder, spec.build)
 

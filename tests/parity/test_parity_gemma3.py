@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import RowError, UserError
 from pipeline.models.base import Model
@@ -26,6 +25,7 @@ from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import PIXELS, TEXTS, Bench, outputs, questions
 from tests.engine.test_endings import SCHEMA
 from tests.engine.test_parity import ARRANGEMENTS
+from tests.helpers.checkpoint_copies import copy_with_tensor, save_twin
 from tests.helpers.checkpoints import write_json
 from tests.helpers.gemma_checkpoint import (
     IDS,
@@ -71,11 +71,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The hub's layout, what transformers saves of it, and a text model."""
     root = tmp_path_factory.mktemp("gemma3")
     original = write_gemma3(root / "original")
-    theirs(original).save_pretrained(root / "twin")
-    for file in original.glob("*.json"):
-        if file.name not in ("config.json", "generation_config.json"):
-            (root / "twin" / file.name).write_text(file.read_text())
-    return {"original": original, "twin": root / "twin", "text": write_gemma3_text(root / "text")}
+    twin = save_twin(theirs(original), original, root / "twin")
+    return {"original": original, "twin": twin, "text": write_gemma3_text(root / "text")}
 
 
 @cache
@@ -294,7 +291,7 @@ def test_the_engines_first_logits(folders: dict[str, Path], engine: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "shape"),
     [
         ("multi_modal_projector.mm_soft_emb_norm.weight", None),
         ("language_model.model.layers.1.self_attn.q_norm.weight", (7,)),
@@ -302,18 +299,11 @@ def test_the_engines_first_logits(folders: dict[str, Path], engine: dict[str, An
     ],
 )
 def test_a_wrong_tensor_is_named(
-    folders: dict[str, Path], tmp_path: Path, name: str, change: tuple[int, ...] | None
+    folders: dict[str, Path], tmp_path: Path, name: str, shape: tuple[int, ...] | None
 ) -> None:
-    for file in folders["original"].glob("*.json"):
-        (tmp_path / file.name).write_text(file.read_text())
-    tensors = load_file(folders["original"] / "model.safetensors")
-    if change is None:
-        del tensors[name]
-    else:
-        tensors[name] = np.zeros(change, np.float32)
-    save_file(tensors, tmp_path / "model.safetensors")
+    broken = copy_with_tensor(folders["original"], tmp_path / "broken", name, shape)
     with pytest.raises(UserError, match=name.partition("layers.")[2] or "mm_soft_emb_norm"):
-        open_ours(tmp_path, spec.build)
+        open_ours(broken, spec.build)
 
 
 def test_detection(folders: dict[str, Path]) -> None:

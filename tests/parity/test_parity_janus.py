@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import UserError
 from pipeline.models.base import Model
@@ -23,6 +22,7 @@ from pipeline.rows import Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import PIXELS, Bench, outputs, questions
+from tests.helpers.checkpoint_copies import set_tensor
 from tests.helpers.janus_checkpoint import GRID, IDS, SIDE, write_janus
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.parity import (
@@ -275,15 +275,8 @@ def test_deepseek_vl_is_not_taken(folders: dict[str, Path]) -> None:
         ("vision_model.vision_tower.norm.bias", (5,), r"norm.bias' has shape \(5,\)"),
     ],
 )
-def test_wrong_tensors(
-    folders: dict[str, Path], tmp_path: Path, name: str, shape: Any, message: str
-) -> None:
-    folder = write_janus(tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    tensors.pop(name, None)
-    if shape is not None:
-        tensors[name] = np.ones(shape, np.float32)
-    save_file(tensors, folder / "model.safetensors")
+def test_wrong_tensors(tmp_path: Path, name: str, shape: Any, message: str) -> None:
+    folder = set_tensor(write_janus(tmp_path), name, shape)
     with pytest.raises(UserError, match=message):
         open_ours(folder, spec.build)
 

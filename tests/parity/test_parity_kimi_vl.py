@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import RowError, UserError
 from pipeline.kernels.patchify import patchify
@@ -22,6 +21,7 @@ from pipeline.rows import ImageLayout, Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import PIXELS, Bench, outputs, questions
+from tests.helpers.checkpoint_copies import set_tensor
 from tests.helpers.kimi_vl_checkpoint import FIRST, IDS, PATCH, TEXT, tensors_of, write_kimi_vl
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.parity import (
@@ -266,13 +266,7 @@ def test_pictures_too_long(folder: Path) -> None:
     ],
 )
 def test_wrong_tensors(tmp_path: Path, name: str, shape: Any, message: str) -> None:
-    folder = write_kimi_vl(tmp_path)
-    for part in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(part)
-        tensors.pop(name, None)
-        if shape is not None and part.name.startswith("model-00001"):
-            tensors[name] = np.ones(shape, np.float32)
-        save_file(tensors, part)
+    folder = set_tensor(write_kimi_vl(tmp_path), name, shape)
     with pytest.raises(UserError, match=message):
         open_ours(folder, spec.build)
 

@@ -27,6 +27,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.loading import load_model
 from pipeline.models.registry import family_for
 from pipeline.settings import ModelSettings
+from tests.helpers.checkpoint_copies import set_tensor
 from tests.helpers.llava_checkpoint import (
     KINDS,
     SIDE,
@@ -40,6 +41,7 @@ from tests.helpers.parity import (
     Prompt,
     difference,
     make_prompt,
+    open_found,
     our_logits,
     our_tokens,
     random_image,
@@ -62,9 +64,7 @@ def _folder(folders: Path, kind: str, twin: bool) -> Path:
 
 @cache
 def _ours(folders: Path, kind: str, twin: bool = False) -> Model:
-    settings = ModelSettings(id=str(_folder(folders, kind, twin)))
-    checkpoint = Checkpoint.open(settings)
-    return load_model(checkpoint, family_for(checkpoint, settings), "cpu", torch.float32)
+    return open_found(_folder(folders, kind, twin))
 
 
 @cache
@@ -246,29 +246,21 @@ CHANGES: dict[str, tuple[str, str, torch.Tensor | None]] = {
         "model.vision_tower.vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight",
         None,
     ),
-    "extra": (r"no place for: 'model\.extra", "model.extra", torch.zeros(2)),
+    "extra": (r"no place for: 'model\.extra", "model.extra", (2,)),
     "misshapen": (
         r"'model\.mm_projector\.0\.weight' has shape",
         "model.mm_projector.0.weight",
-        torch.zeros(3, 3),
+        (3, 3),
     ),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_wrong_tensor_is_named(tmp_path: Path, change: str) -> None:
-    message, name, tensor = CHANGES[change]
-    folder = write_original(tmp_path, "1.6")
-    for number, file in enumerate(sorted(folder.glob("model-*.safetensors"))):
-        tensors = load_file(file)
-        if name in tensors or (change == "extra" and number == 0):
-            kept = {n: t for n, t in tensors.items() if n != name}
-            save_file(kept | ({} if tensor is None else {name: tensor}), file)
-    settings = ModelSettings(id=str(folder))
-    checkpoint = Checkpoint.open(settings)
-    family = family_for(checkpoint, settings)
+    message, name, shape = CHANGES[change]
+    folder = set_tensor(write_original(tmp_path, "1.6"), name, shape)
     with pytest.raises(UserError, match=message):
-        load_model(checkpoint, family, "cpu", torch.float32)
+        open_found(folder)
 
 
 @torch.inference_mode()
@@ -282,9 +274,7 @@ def test_model_and_tower_from_the_hub(
     config["mm_vision_tower"] = "some/clip-tiny"
     (written / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("pipeline.models.checkpoint._download", lambda name, *_: repositories[name])
-    settings = ModelSettings(id="some/llava")
-    checkpoint = Checkpoint.open(settings)
-    model = load_model(checkpoint, family_for(checkpoint, settings), "cpu", torch.float32)
+    model = open_found("some/llava")
     prompt = prompt_of(model, PROMPTS["wide"])
     assert torch.equal(our_logits(model, prompt), our_logits(_ours(folders, "1.5"), prompt))
 
@@ -293,16 +283,12 @@ def test_a_twin_without_its_tower_is_named(tmp_path: Path) -> None:
     file = write_twin(tmp_path, "1.6") / "model.safetensors"
     tensors = load_file(file)
     save_file({n: t for n, t in tensors.items() if "position_embedding" not in n}, file)
-    settings = ModelSettings(id=str(tmp_path))
-    checkpoint = Checkpoint.open(settings)
     with pytest.raises(UserError, match="position_embedding"):
-        load_model(checkpoint, family_for(checkpoint, settings), "cpu", torch.float32)
+        open_found(tmp_path)
 
 
 def test_a_tower_that_is_nowhere_is_named(tmp_path: Path) -> None:
     folder = write_original(tmp_path, "1.5")
     (folder / "clip-tiny" / "pytorch_model.bin").unlink()
-    settings = ModelSettings(id=str(folder))
-    checkpoint = Checkpoint.open(settings)
     with pytest.raises(UserError, match="clip-tiny"):
-        load_model(checkpoint, family_for(checkpoint, settings), "cpu", torch.float32)
+        open_found(folder)

@@ -12,15 +12,13 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from pipeline.models.base import Model
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.loading import load_model
-from pipeline.models.registry import family_for
 from pipeline.rows import VideoInfo
-from pipeline.settings import ModelSettings, VideoSettings
+from pipeline.settings import VideoSettings
 from tests.helpers.llava_checkpoint import KINDS, image_id, write_original, write_twin
 from tests.helpers.parity import (
     Prompt,
     difference,
+    open_found,
     our_logits,
     our_tokens,
     random_image,
@@ -44,9 +42,7 @@ def _folder(folders: Path, twin: bool) -> Path:
 
 @cache
 def _ours(folders: Path, twin: bool) -> Model:
-    settings = ModelSettings(id=str(_folder(folders, twin)))
-    checkpoint = Checkpoint.open(settings)
-    return load_model(checkpoint, family_for(checkpoint, settings), "cpu", torch.float32)
+    return open_found(_folder(folders, twin))
 
 
 @cache

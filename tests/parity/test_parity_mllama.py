@@ -24,6 +24,7 @@ from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import PIXELS, TEXTS, Bench, outputs, questions
 from tests.engine.test_out_of_memory import failing
 from tests.engine.test_parity import ARRANGEMENTS
+from tests.helpers.checkpoint_copies import save_twin
 from tests.helpers.mllama_checkpoint import IDS, LAYERS, LENGTH, SIDE, TILES, write_mllama
 from tests.helpers.parity import (
     Part,
@@ -56,12 +57,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The hub's layout, what transformers saves of it, and one whose last layer crosses."""
     root = tmp_path_factory.mktemp("mllama")
     original = write_mllama(root / "original")
-    theirs(original).save_pretrained(root / "twin")
-    for file in original.glob("*.json"):
-        if file.name not in ("config.json", "generation_config.json"):
-            (root / "twin" / file.name).write_text(file.read_text())
+    twin = save_twin(theirs(original), original, root / "twin")
     last = write_mllama(root / "last", cross=(1, LAYERS - 1))
-    return {"original": original, "twin": root / "twin", "last": last}
+    return {"original": original, "twin": twin, "last": last}
 
 
 @cache
