@@ -64,7 +64,7 @@ INPUTS: dict[str, tuple[str, Callable[[Path], Path]]] = {  # the variable that n
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_loads_and_says_how_it_is_started(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_loads_and_says_how_it_is_started(name: str) -> None:
     path = ROOT / "configs" / name
     config = load_config(path)
     comment = [line for line in path.read_text().splitlines() if line.startswith("#")]

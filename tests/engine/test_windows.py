@@ -36,9 +36,7 @@ def truth(windowed: Path) -> dict[Any, tuple[int, ...]]:
     return {r.key: generate(model, processor, r) for r in questions(Bench.open(windowed))}
 
 
-def test_the_window_matters(
-    windowed: Path, folders: dict[str, Path], truth: dict[Any, tuple[int, ...]]
-) -> None:
+def test_the_window_matters(folders: dict[str, Path], truth: dict[Any, tuple[int, ...]]) -> None:
     full = Bench.open(folders["qwen2_vl"])
     assert all(len(r.tokens) > WINDOW for r in questions(full) if r.images)
     assert outputs(full.run(questions(full))) != truth

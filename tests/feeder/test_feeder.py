@@ -36,8 +36,7 @@ from tests.helpers.pictures import jpeg
 
 PIXELS = 10**8
 BYTES = 64 << 20
-IMAGE_BYTES = 64 * 48 * 3  # rounded up to pages by the arena: 3 pages
-PAGES = 3 * 4096
+PAGES = 3 * 4096  # of an image: 64 * 48 * 3 bytes, rounded up by the arena
 
 
 @pytest.fixture
@@ -168,7 +167,7 @@ def test_a_release_beside_a_full_memory_is_not_missed(
         assert len(drain(feed)) == 2
 
 
-def test_items_are_walked_lazily(spool: Spool) -> None:
+def test_items_are_walked_lazily() -> None:
     walked = 0
 
     def endless() -> Iterator[Group]:
@@ -320,7 +319,7 @@ def test_close_ends_processes_threads_and_memory(spool: Spool) -> None:
     assert len(os.listdir("/proc/self/fd")) <= files + 1  # the spool's file
 
 
-def test_workers_go_with_a_killed_parent(tmp_path: Path) -> None:
+def test_workers_go_with_a_killed_parent() -> None:
     import subprocess
     import sys
 

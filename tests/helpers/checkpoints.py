@@ -160,12 +160,12 @@ def _flat_config(model_type: str, architecture: str, vision: dict[str, Any]) -> 
     )
 
 
-def _linear(name: str, out: int, into: int, bias: bool = True) -> Shapes:
+def linear(name: str, out: int, into: int, bias: bool = True) -> Shapes:
     shapes: Shapes = {f"{name}.weight": (out, into)}
     return shapes | {f"{name}.bias": (out,)} if bias else shapes
 
 
-def _norm(name: str, size: int, bias: bool) -> Shapes:
+def norm(name: str, size: int, bias: bool = True) -> Shapes:
     return {f"{name}.weight": (size,)} | ({f"{name}.bias": (size,)} if bias else {})
 
 
@@ -177,10 +177,10 @@ def _tower_shapes(config: Mapping[str, Any]) -> Shapes:
     norm_bias = kind != "qwen2_5_vl"
     for i in range(v["depth"]):
         block = f"blocks.{i}"
-        shapes |= _norm(f"{block}.norm1", size, norm_bias)
-        shapes |= _norm(f"{block}.norm2", size, norm_bias)
-        shapes |= _linear(f"{block}.attn.qkv", 3 * size, size)
-        shapes |= _linear(f"{block}.attn.proj", size, size)
+        shapes |= norm(f"{block}.norm1", size, norm_bias)
+        shapes |= norm(f"{block}.norm2", size, norm_bias)
+        shapes |= linear(f"{block}.attn.qkv", 3 * size, size)
+        shapes |= linear(f"{block}.attn.proj", size, size)
         shapes |= _tower_mlp(f"{block}.mlp", v, kind)
     newer = ("norm", "linear_fc1", "linear_fc2")
     names = newer if kind == "qwen3_vl" else ("ln_q", "mlp.0", "mlp.2")
@@ -196,23 +196,23 @@ def _tower_shapes(config: Mapping[str, Any]) -> Shapes:
 def _tower_mlp(name: str, vision: Mapping[str, Any], kind: str) -> Shapes:
     if kind == "qwen2_vl":
         inner = TOWER_SIZE * vision["mlp_ratio"]
-        return _linear(f"{name}.fc1", inner, TOWER_SIZE) | _linear(f"{name}.fc2", TOWER_SIZE, inner)
+        return linear(f"{name}.fc1", inner, TOWER_SIZE) | linear(f"{name}.fc2", TOWER_SIZE, inner)
     inner = vision["intermediate_size"]
     if kind == "qwen3_vl":
-        first = _linear(f"{name}.linear_fc1", inner, TOWER_SIZE)
-        return first | _linear(f"{name}.linear_fc2", TOWER_SIZE, inner)
-    gate = _linear(f"{name}.gate_proj", inner, TOWER_SIZE)
-    up = _linear(f"{name}.up_proj", inner, TOWER_SIZE)
-    return gate | up | _linear(f"{name}.down_proj", TOWER_SIZE, inner)
+        first = linear(f"{name}.linear_fc1", inner, TOWER_SIZE)
+        return first | linear(f"{name}.linear_fc2", TOWER_SIZE, inner)
+    gate = linear(f"{name}.gate_proj", inner, TOWER_SIZE)
+    up = linear(f"{name}.up_proj", inner, TOWER_SIZE)
+    return gate | up | linear(f"{name}.down_proj", TOWER_SIZE, inner)
 
 
 def _merger(
     name: str, parts: tuple[str, str, str], normed: int, out: int, norm_bias: bool
 ) -> Shapes:
-    norm, first, second = (f"{name}.{part}" for part in parts)
+    before, first, second = (f"{name}.{part}" for part in parts)
     unit = 4 * TOWER_SIZE
-    shapes = _norm(norm, normed, norm_bias) | _linear(first, unit, unit)
-    return shapes | _linear(second, out, unit)
+    shapes = norm(before, normed, norm_bias) | linear(first, unit, unit)
+    return shapes | linear(second, out, unit)
 
 
 def _decoder_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -223,18 +223,18 @@ def _decoder_shapes(config: Mapping[str, Any]) -> Shapes:
     shapes: Shapes = {"embed_tokens.weight": (text["vocab_size"], HIDDEN), "norm.weight": (HIDDEN,)}
     for i in range(text["num_hidden_layers"]):
         layer, attention = f"layers.{i}", f"layers.{i}.self_attn"
-        shapes |= _norm(f"{layer}.input_layernorm", HIDDEN, bias=False)
-        shapes |= _norm(f"{layer}.post_attention_layernorm", HIDDEN, bias=False)
-        shapes |= _linear(f"{attention}.q_proj", HEADS * head_dim, HIDDEN, bias=not newer)
-        shapes |= _linear(f"{attention}.k_proj", KV_HEADS * head_dim, HIDDEN, bias=not newer)
-        shapes |= _linear(f"{attention}.v_proj", KV_HEADS * head_dim, HIDDEN, bias=not newer)
-        shapes |= _linear(f"{attention}.o_proj", HIDDEN, HEADS * head_dim, bias=False)
+        shapes |= norm(f"{layer}.input_layernorm", HIDDEN, bias=False)
+        shapes |= norm(f"{layer}.post_attention_layernorm", HIDDEN, bias=False)
+        shapes |= linear(f"{attention}.q_proj", HEADS * head_dim, HIDDEN, bias=not newer)
+        shapes |= linear(f"{attention}.k_proj", KV_HEADS * head_dim, HIDDEN, bias=not newer)
+        shapes |= linear(f"{attention}.v_proj", KV_HEADS * head_dim, HIDDEN, bias=not newer)
+        shapes |= linear(f"{attention}.o_proj", HIDDEN, HEADS * head_dim, bias=False)
         for part in ("gate_proj", "up_proj"):
-            shapes |= _linear(f"{layer}.mlp.{part}", INNER, HIDDEN, bias=False)
-        shapes |= _linear(f"{layer}.mlp.down_proj", HIDDEN, INNER, bias=False)
+            shapes |= linear(f"{layer}.mlp.{part}", INNER, HIDDEN, bias=False)
+        shapes |= linear(f"{layer}.mlp.down_proj", HIDDEN, INNER, bias=False)
         if newer:
-            shapes |= _norm(f"{attention}.q_norm", head_dim, bias=False)
-            shapes |= _norm(f"{attention}.k_norm", head_dim, bias=False)
+            shapes |= norm(f"{attention}.q_norm", head_dim, bias=False)
+            shapes |= norm(f"{attention}.k_norm", head_dim, bias=False)
     return shapes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-Shapes = dict[str, tuple[int, ...]]
+from tests.helpers.checkpoints import Shapes
 
 
 def decoder_shapes(text: Mapping[str, Any], stem: str) -> Shapes:
@@ -59,11 +59,3 @@ def _mlp(name: str, hidden: int, inner: int) -> Shapes:
         f"{name}.up_proj.weight": (inner, hidden),
         f"{name}.down_proj.weight": (hidden, inner),
     }
-
-
-def linear(name: str, out: int, into: int) -> Shapes:
-    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
-
-
-def norm(name: str, size: int) -> Shapes:
-    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}

@@ -9,8 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.checkpoints import Shapes, random_tensors, write_json, write_weights
-from tests.helpers.deepseek_shapes import decoder_shapes, linear, norm
+from tests.helpers.checkpoints import (
+    Shapes,
+    linear,
+    norm,
+    random_tensors,
+    write_json,
+    write_weights,
+)
+from tests.helpers.deepseek_shapes import decoder_shapes
 from tests.helpers.tiny_tokenizer import special_ids, tokenizer_json
 
 SPECIAL = (

@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from tests.helpers.checkpoints import Shapes, random_tensors, write_json, write_weights
+from tests.helpers.checkpoints import (
+    Shapes,
+    linear,
+    norm,
+    random_tensors,
+    write_json,
+    write_weights,
+)
 from tests.helpers.tiny_tokenizer import special_ids, tokenizer_json
 
 SPECIAL = (
@@ -123,31 +130,24 @@ def original_shapes() -> Shapes:
     }
     for i in range(DEPTH):
         block = f"{tower}.blocks.{i}"
-        for part, size in (("norm1", WIDTH), ("norm2", WIDTH)):
-            shapes |= {f"{block}.{part}.weight": (size,), f"{block}.{part}.bias": (size,)}
-        shapes |= _linear(f"{block}.attn.qkv", 3 * WIDTH, WIDTH)
-        shapes |= _linear(f"{block}.attn.proj", WIDTH, WIDTH)
-        shapes |= _linear(f"{block}.mlp.fc1", 4 * WIDTH, WIDTH)
-        shapes |= _linear(f"{block}.mlp.fc2", WIDTH, 4 * WIDTH)
-    shapes |= {f"{tower}.norm.weight": (WIDTH,), f"{tower}.norm.bias": (WIDTH,)}
-    shapes |= _linear("aligner.layers.0", HIDDEN, WIDTH) | _linear(
-        "aligner.layers.2", HIDDEN, HIDDEN
-    )
+        shapes |= norm(f"{block}.norm1", WIDTH) | norm(f"{block}.norm2", WIDTH)
+        shapes |= linear(f"{block}.attn.qkv", 3 * WIDTH, WIDTH)
+        shapes |= linear(f"{block}.attn.proj", WIDTH, WIDTH)
+        shapes |= linear(f"{block}.mlp.fc1", 4 * WIDTH, WIDTH)
+        shapes |= linear(f"{block}.mlp.fc2", WIDTH, 4 * WIDTH)
+    shapes |= norm(f"{tower}.norm", WIDTH)
+    shapes |= linear("aligner.layers.0", HIDDEN, WIDTH) | linear("aligner.layers.2", HIDDEN, HIDDEN)
     kv = KV_HEADS * HIDDEN // HEADS
     for i in range(LAYERS):
         layer = f"{model}.layers.{i}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{layer}.{norm}.weight"] = (HIDDEN,)
+        for place in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{layer}.{place}.weight"] = (HIDDEN,)
         for part, rows in (("q", HIDDEN), ("k", kv), ("v", kv), ("o", HIDDEN)):
             shapes[f"{layer}.self_attn.{part}_proj.weight"] = (rows, HIDDEN)
         for part in ("gate", "up"):
             shapes[f"{layer}.mlp.{part}_proj.weight"] = (INNER, HIDDEN)
         shapes[f"{layer}.mlp.down_proj.weight"] = (HIDDEN, INNER)
     return shapes
-
-
-def _linear(name: str, out: int, into: int) -> Shapes:
-    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
 
 
 _CONVERTED = (

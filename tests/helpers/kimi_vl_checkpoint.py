@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.vocabularies.byte_level import byte_spelling
-from tests.helpers.checkpoints import Shapes, random_tensors, write_json, write_weights
-from tests.helpers.deepseek_shapes import decoder_shapes, linear, norm
+from tests.helpers.checkpoints import (
+    Shapes,
+    linear,
+    norm,
+    random_tensors,
+    write_json,
+    write_weights,
+)
+from tests.helpers.deepseek_shapes import decoder_shapes
 from tests.helpers.tiny_tokenizer import tokenizer_json
 
 # Offsets from the first reserved id, as the real tokenizer has them.

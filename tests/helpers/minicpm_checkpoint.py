@@ -9,7 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.checkpoints import Shapes, random_tensors, write_json, write_weights
+from tests.helpers.checkpoints import (
+    Shapes,
+    linear,
+    norm,
+    random_tensors,
+    write_json,
+    write_weights,
+)
 from tests.helpers.tiny_tokenizer import SPECIAL, special_ids, tokenizer_json
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 256, 96, 2, 4, 2
@@ -176,15 +183,6 @@ def processor_config() -> dict[str, Any]:
         "norm_std": [0.5, 0.5, 0.5],
         "version": 2.6,
     }
-
-
-def linear(name: str, out: int, into: int, bias: bool = True) -> Shapes:
-    shapes: Shapes = {f"{name}.weight": (out, into)}
-    return shapes | {f"{name}.bias": (out,)} if bias else shapes
-
-
-def norm(name: str, size: int) -> Shapes:
-    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
 
 
 def vision_shapes(drop_last: bool) -> Shapes:

@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from jobs.commit import commit_shard
 from jobs.config import JobConfig
 from jobs.paths import RunPaths
 from jobs.plan import Shard
 from jobs.table import build_table, output_schema
 from pipeline.rows import Answer, RequestKey
+
+SHARD = Shard("shard-00000000", "in.parquet", 0, 5, "f0")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,12 @@ def shard_table(shard: Shard, config: JobConfig | None = None, text: str = "") -
     made_by = dict.fromkeys(answers, "a1")
     rows = [Kept(f"{shard.path}:{shard.start + i}") for i in range(shard.num_rows)]
     return build_table(output_schema(config, None), rows, answers, made_by)
+
+
+def commit(paths: RunPaths, attempt: str, shard: Shard = SHARD) -> bool:
+    """One attempt at a whole shard, each row answered; whether it won."""
+    table = shard_table(shard, text=attempt)
+    return commit_shard(paths, shard, table, attempt=attempt, fingerprint="fp")
 
 
 def tree(paths: RunPaths, folder: str) -> list[str]:

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
+from tests.helpers.tiny_tokenizer import join_pair
+
 NUM_MERGES = 150
 TEXT = """A chat between a curious user and an artificial intelligence assistant. The assistant
 gives helpful, detailed, and polite answers to the user's questions. USER: Describe this image in
@@ -42,18 +44,8 @@ def _learned() -> tuple[list[str], list[str]]:
         if pairs[best] < 2:
             break
         merged.append("".join(best))
-        words = Counter({_join(word, best): count for word, count in words.items()})
+        words = Counter({join_pair(word, best): count for word, count in words.items()})
     return list(dict.fromkeys(merged)), sorted({c for word in TEXT.split() for c in word} | {"▁"})
-
-
-def _join(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    joined: list[str] = []
-    for symbol in word:
-        if joined and (joined[-1], symbol) == pair:
-            joined[-1] += symbol
-        else:
-            joined.append(symbol)
-    return tuple(joined)
 
 
 def pieces(special: Sequence[tuple[str, int]] = LLAMA) -> list[tuple[str, float, int]]:

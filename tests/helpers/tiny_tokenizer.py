@@ -58,11 +58,12 @@ def merges_of(words: Counter[tuple[str, ...]]) -> list[tuple[str, str]]:
                 pairs[pair] += count
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        words = Counter({_join(word, best): count for word, count in words.items()})
+        words = Counter({join_pair(word, best): count for word, count in words.items()})
     return merges
 
 
-def _join(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+def join_pair(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """The word, with each place where the pair stands made one symbol."""
     joined: list[str] = []
     for symbol in word:
         if joined and (joined[-1], symbol) == pair:

@@ -31,9 +31,17 @@ from jobs.storage import StorageError
 from jobs.table import build_table, output_schema
 from pipeline.errors import RowError
 from pipeline.rows import Answer, RequestKey
-from tests.helpers.run_folder import File, Kept, answer, make_config, shard_table, tree
+from tests.helpers.run_folder import (
+    SHARD,
+    File,
+    Kept,
+    answer,
+    commit,
+    make_config,
+    shard_table,
+    tree,
+)
 
-SHARD = Shard("shard-00000000", "in.parquet", 0, 5, "f0")
 SHARED = [f"commit.{step}" for step in ("before_build", "before_write", "after_write")]
 STEPS = [
     *((point, revision) for point in (*SHARED, "commit.before_link") for revision in (0, 1)),
@@ -46,11 +54,6 @@ STEPS = [
 @pytest.fixture
 def paths(tmp_path: Path) -> RunPaths:
     return RunPaths(str(tmp_path))
-
-
-def commit(paths: RunPaths, attempt: str, shard: Shard = SHARD) -> bool:
-    table = shard_table(shard, text=attempt)
-    return commit_shard(paths, shard, table, attempt=attempt, fingerprint="fp")
 
 
 def texts(paths: RunPaths, shard: Shard = SHARD) -> list[str]:

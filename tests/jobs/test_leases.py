@@ -173,9 +173,7 @@ def test_a_dead_process_on_this_machine_is_replaced_at_once(paths: RunPaths) -> 
     assert paths.storage.names(paths.lease_folder) == []
 
 
-def test_a_name_that_is_claimed_anew_is_not_the_dead_holders(
-    paths: RunPaths, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_is_claimed_anew_is_not_the_dead_holders(paths: RunPaths, clock: Clock) -> None:
     first, second, looker = (Leases(paths, TTL, clock) for _ in range(3))
     lease = first.acquire(SHARD)
     assert lease is not None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,28 +13,12 @@ from jobs.paths import RunPaths
 from jobs.storage import StorageError, is_transient, open_storage, retrying
 from jobs.storage_local import LocalStorage
 from pipeline.errors import UserError
+from tests.helpers.race import race
 
 
 @pytest.fixture
 def local(tmp_path: Path) -> LocalStorage:
     return LocalStorage(str(tmp_path))
-
-
-def race(number: int, act: Callable[[int], bool]) -> list[int]:
-    """Run `act` in threads at once; the numbers of those that say that they won."""
-    barrier, winners = threading.Barrier(number), []
-
-    def run(i: int) -> None:
-        barrier.wait()
-        if act(i):
-            winners.append(i)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return winners
 
 
 def test_read_write_list_delete(local: LocalStorage) -> None:

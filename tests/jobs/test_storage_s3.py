@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,7 +13,6 @@ pytest.importorskip("s3fs", reason="needs s3fs: pip install 'vlm-batch[s3]'")
 
 from jobs import storage
 from jobs.commit import (
-    commit_shard,
     committed_shards,
     is_committed,
     part_info,
@@ -26,14 +24,13 @@ from jobs.leases import Leases
 from jobs.manifest import open_manifest, require_manifest
 from jobs.part import check_part
 from jobs.paths import RunPaths
-from jobs.plan import Shard, grow_plan, redo_shards
+from jobs.plan import grow_plan, redo_shards
 from jobs.shard_queue import ShardQueue
 from jobs.storage import StorageError
 from pipeline.errors import UserError
-from tests.helpers.run_folder import File, answer, make_config, shard_table
+from tests.helpers.race import race
+from tests.helpers.run_folder import SHARD, File, answer, commit, make_config
 from tests.helpers.s3_server import S3, environment, s3_server
-
-SHARD = Shard("shard-00000000", "in.parquet", 0, 5, "f0")
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +52,6 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
 @pytest.fixture
 def paths(s3: S3, request: pytest.FixtureRequest) -> RunPaths:
     return RunPaths(f"s3://bucket/{request.node.name.replace('[', '-').strip(']')}/run")
-
-
-def commit(paths: RunPaths, attempt: str, shard: Shard = SHARD) -> bool:
-    table = shard_table(shard, text=attempt)
-    return commit_shard(paths, shard, table, attempt=attempt, fingerprint="fp")
-
-
-def race(number: int, act: object) -> list[int]:
-    barrier, winners = threading.Barrier(number), []
-
-    def run(i: int) -> None:
-        barrier.wait()
-        if act(i):  # type: ignore[operator]
-            winners.append(i)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return winners
 
 
 def test_read_write_list_delete(paths: RunPaths) -> None:
@@ -248,9 +224,7 @@ def test_redone_shards_replace_their_part(paths: RunPaths) -> None:
     assert not commit(paths, "late", shard)
 
 
-def test_an_older_revision_that_wakes_late_loses(
-    paths: RunPaths, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_older_revision_that_wakes_late_loses(paths: RunPaths) -> None:
     """It looked at the part, slept, and meanwhile a later revision was put."""
     commit(paths, "a0")
     token = paths.storage.token(paths.part(SHARD.id))

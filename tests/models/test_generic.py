@@ -305,6 +305,6 @@ def test_a_broken_checkpoint_is_one_sentence(folder: Path, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_text_of_the_tokenizer_is_the_models(engine: GenericEngine, folder: Path) -> None:
+def test_text_of_the_tokenizer_is_the_models(folder: Path) -> None:
     tokenizer = Tokenizer(Checkpoint.open(ModelSettings(id=str(folder))))
     assert tokenizer.decode(tokenizer.encode("What is this?")) == "What is this?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from pipeline import templates
 from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.family import Family
-from pipeline.models.registry import FAMILIES, family_for, list_families
+from pipeline.models.registry import FAMILIES, list_families
 from pipeline.rows import Turn
-from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.helpers.checkpoints import write_qwen2_5_vl, write_qwen2_vl, write_qwen3_vl
+from tests.helpers.families import found_family
 from tests.helpers.tiny_tokenizer import special_ids, tokenizer_json
 
 WRITERS = {"qwen2": write_qwen2_vl, "qwen2_5": write_qwen2_5_vl, "qwen3": write_qwen3_vl}
@@ -39,9 +40,7 @@ LLAVA_TEMPLATE = (
 )
 
 
-def family_of(folder: Path, **options: Any) -> Family:
-    settings = ModelSettings(id=str(folder), **options)
-    return family_for(Checkpoint.open(settings), settings)
+family_of = partial(found_family, Family)
 
 
 def rewrite(folder: Path, **changes: Any) -> None:

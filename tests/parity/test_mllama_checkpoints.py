@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.mllama import spec
 from pipeline.models.family import Family
-from pipeline.models.registry import family_for
-from pipeline.settings import ModelSettings
 from tests.helpers.checkpoint_copies import copy_with_tensor
+from tests.helpers.families import found_family
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.mllama_checkpoint import write_mllama
 from tests.helpers.parity import open_ours
@@ -25,9 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_mllama(tmp_path_factory.mktemp("mllama") / "original")
 
 
-def family_of(folder: Path, **options: Any) -> Family:
-    settings = ModelSettings(id=str(folder), **options)
-    return family_for(Checkpoint.open(settings), settings)
+family_of = partial(found_family, Family)
 
 
 @pytest.mark.parametrize(

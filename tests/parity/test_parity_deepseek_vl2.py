@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from pipeline.errors import RowError, UserError
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.deepseek_vl2 import spec, tiles
-from pipeline.models.registry import family_for
 from pipeline.models.vision.views import render_view, render_views
 from pipeline.rows import Turn
 from pipeline.settings import ModelSettings
@@ -25,6 +24,7 @@ from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import Bench, outputs, questions
 from tests.helpers.checkpoint_copies import set_tensor
 from tests.helpers.deepseek_vl2_checkpoint import CANDIDATES, IDS, SIDE, SPECIAL, write_deepseek_vl2
+from tests.helpers.families import found_family
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.parity import (
     Part,
@@ -69,11 +69,7 @@ def ours(folder: Path) -> Model:
     return open_ours(folder, spec.build)
 
 
-def family_of(folder: Path, **options: Any) -> spec.DeepseekVL2:
-    settings = ModelSettings(id=str(folder), **options)
-    family = family_for(Checkpoint.open(settings), settings)
-    assert isinstance(family, spec.DeepseekVL2)
-    return family
+family_of = partial(found_family, spec.DeepseekVL2)
 
 
 def ids_of(folder: Path, turns: tuple[Turn, ...]) -> tuple[list[int], spec.DeepseekVL2]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from pipeline.errors import RowError, UserError
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.gemma3 import spec
-from pipeline.models.registry import family_for
 from pipeline.models.vision.views import render_views
 from pipeline.models.vision.vit import image_patches
 from pipeline.rows import Request, Turn
@@ -27,6 +26,7 @@ from tests.engine.test_endings import SCHEMA
 from tests.engine.test_parity import ARRANGEMENTS
 from tests.helpers.checkpoint_copies import copy_with_tensor, save_twin
 from tests.helpers.checkpoints import write_json
+from tests.helpers.families import found_family
 from tests.helpers.gemma_checkpoint import (
     IDS,
     SIDE,
@@ -102,11 +102,7 @@ def processor(folder: Path) -> Any:
     return Gemma3Processor(images, tokenizer, tokenizer.chat_template, image_seq_length=TOKENS)
 
 
-def family_of(folder: Path, **options: Any) -> spec.Gemma3:
-    settings = ModelSettings(id=str(folder), **options)
-    family = family_for(Checkpoint.open(settings), settings)
-    assert isinstance(family, spec.Gemma3)
-    return family
+family_of = partial(found_family, spec.Gemma3)
 
 
 def messages(turns: tuple[Turn, ...]) -> list[dict[str, Any]]:

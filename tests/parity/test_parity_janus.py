@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from pipeline.errors import UserError
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.janus import spec
-from pipeline.models.registry import family_for
 from pipeline.models.vision.views import render_view
 from pipeline.rows import Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import PIXELS, Bench, outputs, questions
 from tests.helpers.checkpoint_copies import set_tensor
+from tests.helpers.families import found_family
 from tests.helpers.janus_checkpoint import GRID, IDS, SIDE, write_janus
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.parity import (
@@ -88,11 +88,7 @@ def their_pixels(folder: Path, images: list[Image.Image]) -> torch.Tensor:
     return JanusImageProcessorPil.from_pretrained(folder)(images, return_tensors="pt").pixel_values
 
 
-def family_of(folder: Path, **options: Any) -> spec.Janus:
-    settings = ModelSettings(id=str(folder), **options)
-    family = family_for(Checkpoint.open(settings), settings)
-    assert isinstance(family, spec.Janus)
-    return family
+family_of = partial(found_family, spec.Janus)
 
 
 @pytest.mark.parametrize("name", TURNS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from pipeline.kernels.patchify import patchify
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.kimi_vl import spec
-from pipeline.models.registry import family_for
 from pipeline.models.vision.views import render_view
 from pipeline.rows import ImageLayout, Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import PIXELS, Bench, outputs, questions
 from tests.helpers.checkpoint_copies import set_tensor
+from tests.helpers.families import found_family
 from tests.helpers.kimi_vl_checkpoint import FIRST, IDS, PATCH, TEXT, tensors_of, write_kimi_vl
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.parity import (
@@ -95,11 +95,7 @@ def _stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def family_of(folder: Path, **options: Any) -> spec.KimiVL:
-    settings = ModelSettings(id=str(folder), **options)
-    family = family_for(Checkpoint.open(settings), settings)
-    assert isinstance(family, spec.KimiVL)
-    return family
+family_of = partial(found_family, spec.KimiVL)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,6 @@ from pipeline.errors import RowError
 from pipeline.models.base import DenseAttend, Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.mllama import spec
-from pipeline.models.registry import family_for
 from pipeline.rows import Request, Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
@@ -25,6 +24,7 @@ from tests.engine.engine_bench import PIXELS, TEXTS, Bench, outputs, questions
 from tests.engine.test_out_of_memory import failing
 from tests.engine.test_parity import ARRANGEMENTS
 from tests.helpers.checkpoint_copies import save_twin
+from tests.helpers.families import found_family
 from tests.helpers.mllama_checkpoint import IDS, LAYERS, LENGTH, SIDE, TILES, write_mllama
 from tests.helpers.parity import (
     Part,
@@ -91,11 +91,7 @@ def processor(folder: Path) -> Any:
     return MllamaProcessor(images, tokenizer, tokenizer.chat_template)
 
 
-def family_of(folder: Path, **options: Any) -> spec.Mllama:
-    settings = ModelSettings(id=str(folder), **options)
-    family = family_for(Checkpoint.open(settings), settings)
-    assert isinstance(family, spec.Mllama)
-    return family
+family_of = partial(found_family, spec.Mllama)
 
 
 def messages(turns: tuple[Turn, ...]) -> list[dict[str, Any]]:

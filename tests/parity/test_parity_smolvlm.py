@@ -214,7 +214,7 @@ def test_text_cannot_forge_an_image(folder: Path, ours: Any) -> None:
     assert not {ids["<image>"], ids["<row_1_col_1>"]} & set(tokens.tolist())
 
 
-def test_tied_head(tmp_path: Path, folder: Path, processor: Any) -> None:
+def test_tied_head(tmp_path: Path, processor: Any) -> None:
     path = write_smolvlm(tmp_path, tied=True)
     model = open_ours(path, spec.build)
     prompt = our_prompt("one image", path, model.family)

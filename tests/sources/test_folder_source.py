@@ -69,7 +69,7 @@ def test_wrong_columns_and_empty_folders(tmp_path: Path) -> None:
         opened(tmp_path, ["filename"], source="folder").files()
 
 
-def test_an_fsspec_folder(tmp_path: Path) -> None:
+def test_an_fsspec_folder() -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")

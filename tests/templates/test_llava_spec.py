@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +16,9 @@ from transformers import LlavaNextProcessor, LlavaOnevisionProcessor
 from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.llava.spec import Llava
-from pipeline.models.registry import family_for
 from pipeline.rows import Turn
-from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
+from tests.helpers.families import found_family
 from tests.helpers.llava_checkpoint import KINDS, write_original, write_tokenizer, write_twin
 from tests.parity.llava_cases import ANYRES, IMAGE, ONEVISION, TURNS, sizes
 
@@ -47,11 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("specs")
 
 
-def family_of(folder: Path, **options: Any) -> Llava:
-    settings = ModelSettings(id=str(folder), **options)
-    found = family_for(Checkpoint.open(settings), settings)
-    assert isinstance(found, Llava)
-    return found
+family_of = partial(found_family, Llava)
 
 
 @cache
