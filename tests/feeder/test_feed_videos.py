@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +44,6 @@ decode_worker.read_frames = read_frames
 main(""",
     1,
 )
-
-
-@pytest.fixture
-def spool() -> Iterator[Spool]:
-    with Spool() as spool:
-        yield spool
 
 
 @pytest.fixture

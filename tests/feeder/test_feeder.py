@@ -40,12 +40,6 @@ PAGES = 3 * 4096  # of an image: 64 * 48 * 3 bytes, rounded up by the arena
 
 
 @pytest.fixture
-def spool() -> Iterator[Spool]:
-    with Spool() as spool:
-        yield spool
-
-
-@pytest.fixture
 def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that marked pictures bring down."""
     monkeypatch.setattr(helper_process, "_BOOT", FRAGILE_BOOT)
