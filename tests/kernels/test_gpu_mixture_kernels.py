@@ -27,7 +27,10 @@ def test_experts_at_their_true_size(tokens: int) -> None:
     logits = torch.randn(tokens, EXPERTS, device=DEVICE) * 3
     chosen, by = router.choose_experts(logits, None, TOP, True, True, 2.446)
     expected, their = router.choose_experts_reference(logits, None, TOP, True, True, 2.446)
-    assert torch.equal(chosen, expected)
+    # Scores that differ in the last bit may change places.
+    scores = [logits.sigmoid().gather(1, found.long()) for found in (chosen, expected)]
+    torch.testing.assert_close(*scores, rtol=1e-6, atol=0)
+    assert (chosen != expected).any(1).float().mean() < 0.01
     torch.testing.assert_close(by, their)
     weights = grouped_gemm.ExpertWeights(gate_up.bfloat16(), down.bfloat16())
     wide = grouped_gemm.ExpertWeights(weights.gate_up.float(), weights.down.float())

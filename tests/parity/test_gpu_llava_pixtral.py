@@ -38,7 +38,7 @@ def _write(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)], ids=["f32", "bf16"]
+    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)], ids=["f32", "bf16"]
 )
 @torch.inference_mode()
 def test_logits_equal_the_cpus(
