@@ -11,6 +11,7 @@ People read stderr; a result is a line of JSON on stdout, appended to scripts/be
     python scripts/bench.py --shape 7b --work caption --memory-limit 24    # as on a 24 GB card
     python scripts/bench.py --shape 7b --work caption --through job        # Parquet to Parquet
     python scripts/bench.py --shape 7b --ready                            # seconds until it works
+    python scripts/bench.py --published llava-next-72b --quantization fp8 --work caption:2
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench import checkpoint, results, workloads  # noqa: E402
+from scripts.bench import checkpoint, published, results, workloads  # noqa: E402
 
 WARMUP_ANSWERS = {"cpu": 8, "cuda": 96}
 STARTED = time.perf_counter()
@@ -43,7 +44,8 @@ def arguments() -> argparse.Namespace:
 def _what(add: Any) -> None:
     add("--model", default="demo", help="demo, or a model folder")
     add("--shape", choices=sorted(checkpoint.SIZES), help="write a model with random weights")
-    add("--model-folder", type=Path, default=None, help="where --shape writes")
+    add("--published", choices=published.names(), help="random weights of its sizes, in no file")
+    add("--model-folder", type=Path, default=None, help="where --shape, --published write")
     add("--tokenizer", type=Path, default=ROOT / ".whl/tokenizer", help="for --shape")
     add("--quantization", choices=["none", "fp8"], default="none")
     add("--memory-limit", type=float, metavar="GB", help="pretend the card has this much")
@@ -107,10 +109,13 @@ def device_of(args: argparse.Namespace) -> str:
 
 
 def model_folder(args: argparse.Namespace, device: str) -> str:
-    if not args.shape:
+    if not (args.shape or args.published):
         return args.model
     base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
-    folder = args.model_folder or base / f"vlm-batch-{args.shape}"
+    folder = args.model_folder or base / f"vlm-batch-{args.shape or args.published}"
+    if args.published:
+        published.write_small_files(args.published, folder)
+        return str(folder)
     say(f"Random weights of {args.shape} shapes in {folder}")
     return str(checkpoint.make(folder, args.shape, args.tokenizer, device))
 
@@ -183,11 +188,19 @@ def run_workloads(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_published(args: argparse.Namespace) -> int:
+    from scripts.bench import random_weights
+
+    with random_weights.installed():
+        return run_workloads(args)
+
+
 def about(args: argparse.Namespace, device: str, model: str, name: str) -> dict[str, Any]:
+    made = args.published or args.shape
     return {
         "name": args.name or name,
         **results.surroundings(device),
-        "model": f"random {args.shape}" if args.shape else model,
+        "model": f"random {made}" if made else model,
         "quantization": overrides(args, "model").get("quantization", "none"),
         "engine": overrides(args, "engine"),
     }
@@ -259,6 +272,8 @@ def run_adopt(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = arguments()
+    if args.published and (args.check or args.ready or args.peer or args.through == "job"):
+        raise SystemExit("--published writes no weights, which another process would read.")
     if args.adopt:
         return run_adopt(args)
     if args.write_parquet:
@@ -267,6 +282,8 @@ def main() -> int:
         return run_check(args)
     if args.ready:
         return run_ready(args)
+    if args.published:
+        return run_published(args)
     return run_workloads(args)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pipeline.kernels.rope import rotate
 from pipeline.models.decoder import Decoder, DecoderConfig, embed_tokens
-from pipeline.models.fp8 import quantize_block
 from pipeline.rows import ImageLayout
 
 if TYPE_CHECKING:
@@ -43,11 +42,6 @@ class Model(ABC):
     def feature_size(self) -> int:
         """Width F of an image token's features; more than the hidden size with deepstack."""
         return self.decoder.config.hidden_size
-
-    def quantize(self) -> None:
-        """Turn the layers' linear maps to float8; a family with a tower adds its blocks."""
-        for layer in self.decoder.layers:
-            quantize_block(layer, {"qkv": "attention_norm", "mlp": "mlp_norm"})
 
     @abstractmethod
     def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:

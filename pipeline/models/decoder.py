@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels.head_norm import norm_heads
-from pipeline.models.cross import CrossParts, Shape, StateKeys
+from pipeline.models.cross import CrossParts, Shape, StateKeys, quantize_cross
+from pipeline.models.fp8 import quantize_block
 from pipeline.models.layers import GatedMLP, Linear, RMSNorm
 from pipeline.models.loading import Weights
 from pipeline.models.mla import MlaConfig, take_mla
@@ -149,9 +150,24 @@ def _take_mlp(
     return GatedMLP.take(weights, name, c.hidden_size, c.intermediate_size, c.mlp_bias, c.act)
 
 
-def _take_layer(weights: Weights, stem: str, c: DecoderConfig, index: int) -> DecoderLayer:
-    name = f"{stem}.{index}"
+def _take_layer(weights: Weights, name: str, c: DecoderConfig, index: int) -> DecoderLayer:
+    if index in c.cross_layers:
+        layer = _take_cross_layer(weights, name, c)
+    else:
+        layer = _take_plain_layer(weights, name, c, index)
+    if weights.float8:
+        quantize_layer(layer)
+    return layer
 
+
+def quantize_layer(layer: DecoderLayer) -> None:
+    """Turn the layer's linear maps to float8."""
+    quantize_block(layer, {"qkv": "attention_norm", "mlp": "mlp_norm"})
+    if layer.cross is not None:
+        quantize_cross(layer)
+
+
+def _take_plain_layer(weights: Weights, name: str, c: DecoderConfig, index: int) -> DecoderLayer:
     def norm(part: str) -> RMSNorm:
         return RMSNorm.take(weights, f"{name}.{part}", c.hidden_size, c.eps, c.norm_offset)
 
@@ -209,10 +225,7 @@ class Decoder:
     ) -> Decoder:
         """Take `<name>.layers.N`, `<name>.norm` and `lm_head`, or `embedding` for a tied head."""
         layers = [
-            _take_cross_layer(weights, f"{name}.layers.{i}", config)
-            if i in config.cross_layers
-            else _take_layer(weights, f"{name}.layers", config, i)
-            for i in range(config.num_layers)
+            _take_layer(weights, f"{name}.layers.{i}", config, i) for i in range(config.num_layers)
         ]
         norm = RMSNorm.take(
             weights, f"{name}.norm", config.hidden_size, config.eps, config.norm_offset

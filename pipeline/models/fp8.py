@@ -1,4 +1,4 @@
-"""A model's linear maps in eight-bit floating point, quantised when the model is loaded.
+"""A model's linear maps in eight-bit floating point, each quantised when it is loaded.
 
 Weights have one scale an output row, inputs one a token, so a row's result does not depend on its
 neighbours. Norms and gates before such a map quantise in the same pass. Embedding, head, mergers

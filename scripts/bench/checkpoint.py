@@ -157,16 +157,15 @@ def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], device: str)
     import torch
     from safetensors.torch import save_file
 
+    from scripts.bench.random_weights import random_tensor
+
     generator = torch.Generator(device).manual_seed(0)
     where: dict[str, str] = {}
     shards = list(_shards(shapes))
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(
-            {name: _random(shapes[name], name, generator).cpu() for name in names},
-            folder / file,
-            metadata={"format": "pt"},
-        )
+        made = {n: random_tensor(n, shapes[n], torch.bfloat16, generator).cpu() for n in names}
+        save_file(made, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
     if device != "cpu":
         torch.cuda.empty_cache()
@@ -186,16 +185,6 @@ def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
         names.append(name)
         size += num_bytes
     yield names
-
-
-def _random(shape: tuple[int, ...], name: str, generator: Any) -> Any:
-    """Norms near one, all else small, so that no activation overflows in any depth."""
-    import torch
-
-    device = generator.device
-    values = torch.empty(shape, dtype=torch.bfloat16, device=device)
-    values.normal_(0.0, 0.02, generator=generator)
-    return values + 1 if len(shape) == 1 and name.endswith("weight") else values
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

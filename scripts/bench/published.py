@@ -14,7 +14,6 @@ import importlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,31 +60,14 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     import torch
 
     from pipeline.models.checkpoint import Checkpoint
-    from pipeline.models.loading import Weights
     from pipeline.models.registry import family_for
     from pipeline.settings import ModelSettings
-
-    class ShapesOnly(Weights):
-        """Hands out tensors without storage, and keeps what was asked for."""
-
-        def __init__(self) -> None:
-            self.device, self.dtype = torch.device("meta"), torch.bfloat16
-            self.taken: dict[str, tuple[int, ...]] = {}
-            self._places, self._used, self._changes = {}, set(), []
-
-        def has(self, name: str) -> bool:
-            return True
-
-        def take(
-            self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None
-        ) -> torch.Tensor:
-            self.taken[name] = tuple(shape)
-            return torch.empty(tuple(shape), device="meta", dtype=dtype or self.dtype)
+    from scripts.bench.random_weights import RandomWeights
 
     settings = ModelSettings(id=str(folder))
     checkpoint = Checkpoint.open(settings)
     family = family_for(checkpoint, settings)
-    weights = ShapesOnly()
+    weights = RandomWeights("meta", torch.bfloat16)
     model: Any = importlib.import_module(type(family).__module__.rpartition(".")[0] + ".model")
     with torch.inference_mode():
         model.build(checkpoint, family, weights)

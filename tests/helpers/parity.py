@@ -52,11 +52,13 @@ class Prompt:
         )
 
 
-def open_ours(folder: Path, build: Any, dtype: torch.dtype = torch.float32) -> Model:
+def open_ours(
+    folder: Path, build: Any, dtype: torch.dtype = torch.float32, quantization: str = "none"
+) -> Model:
     """Load the folder with the family's `spec.build`."""
     settings = ModelSettings(id=str(folder))
     checkpoint = Checkpoint.open(settings)
-    return load_model(checkpoint, build(checkpoint, settings), "cpu", dtype)
+    return load_model(checkpoint, build(checkpoint, settings), "cpu", dtype, quantization)
 
 
 def open_found(

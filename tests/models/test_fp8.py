@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.kernels.fp8 import FP8, quantize_rows, scaled_product
-from pipeline.models.base import DenseAttend
+from pipeline.models.base import DenseAttend, Model
 from pipeline.models.families.qwen_vl import spec
 from pipeline.models.fp8 import Fp8Linear
 from pipeline.models.layers import Linear
@@ -42,19 +42,18 @@ def test_rows_are_independent() -> None:
 
 @torch.inference_mode()
 def test_a_quantized_decoder_is_near_the_other(tmp_path: Path) -> None:
-    model = open_ours(write_qwen2_vl(tmp_path), spec.build)
-    decoder = model.decoder
+    folder = write_qwen2_vl(tmp_path)
+    plain, quantized = (open_ours(folder, spec.build, quantization=q) for q in ("none", "fp8"))
     tokens = torch.tensor(random_text(40))
     positions = torch.arange(40).expand(3, -1)
 
-    def logits() -> torch.Tensor:
+    def logits(model: Model) -> torch.Tensor:
+        decoder = model.decoder
         hidden = decoder(model.embed(tokens), positions, DenseAttend(decoder.config))
         return decoder.logits(hidden)
 
-    before = logits()
-    model.quantize()
-    assert all(layer.mlp.down.weight.dtype == FP8 for layer in decoder.layers)
-    after = logits()
+    assert all(layer.mlp.down.weight.dtype == FP8 for layer in quantized.decoder.layers)
+    before, after = logits(plain), logits(quantized)
     assert 1e-4 < difference(after, before) < 0.15
     assert torch.nn.functional.cosine_similarity(before, after).min() > 0.9
 

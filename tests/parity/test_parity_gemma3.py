@@ -334,7 +334,7 @@ def test_float8_is_close(folders: dict[str, Path]) -> None:
     model = open_ours(folders["original"], spec.build)
     prompt = make_prompt(model.family, PROMPTS["one image"])
     exact = our_logits(model, prompt)
-    model.quantize()
+    model = open_ours(folders["original"], spec.build, quantization="fp8")
     layer = model.decoder.layers[0]
     kinds = [type(x).__name__ for x in (layer.qkv, layer.out, layer.mlp.down, layer.mlp_norm)]
     assert kinds == ["Fp8Linear", "Fp8Linear", "Fp8Linear", "Fp8RMSNorm"]

@@ -347,7 +347,7 @@ def test_float8_is_close(folders: dict[str, Path]) -> None:
     model = open_ours(folders["original"], spec.build)
     prompt = make_prompt(model.family, PROMPTS["one image"])
     exact = model.decoder.logits(our_hidden(model, prompt))
-    model.quantize()
+    model = open_ours(folders["original"], spec.build, quantization="fp8")
     cross = model.decoder.layers[1]
     kinds = [type(x).__name__ for x in (cross.qkv.linear, cross.out.inner, cross.mlp.inner)]
     assert kinds == ["Fp8Linear", "Fp8Linear", "Fp8GatedMLP"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.kernels.attention import varlen_attention
 from pipeline.kernels.rope import rotate
 from pipeline.kernels.window_attention import window_attention
+from pipeline.models.fp8 import quantize_block
 from pipeline.models.layers import MLP, GatedMLP, LayerNorm, Linear, RMSNorm
 from pipeline.models.loading import Weights
 from pipeline.models.vision.grids import Grid
@@ -75,13 +76,21 @@ def _take_block(weights: Weights, name: str, c: TowerConfig) -> Block:
     else:
         first, second = (f"{name}.mlp.{n}" for n in c.linear_names)
         mlp = MLP.take(weights, (first, second), (c.size, c.inner, c.size), c.act)
-    return Block(
+    block = Block(
         norm1=_take_norm(weights, f"{name}.norm1", c.size, c.gated),
         qkv=Linear.take(weights, f"{name}.attn.qkv", 3 * c.size, c.size),
         proj=Linear.take(weights, f"{name}.attn.proj", c.size, c.size),
         norm2=_take_norm(weights, f"{name}.norm2", c.size, c.gated),
         mlp=mlp,
     )
+    if weights.float8:
+        quantize_tower_block(block)
+    return block
+
+
+def quantize_tower_block(block: Block) -> None:
+    """Turn the block's linear maps to float8, those of a gated MLP too."""
+    quantize_block(block, {"qkv": "norm1", "mlp": "norm2"})
 
 
 class Merger:

@@ -11,7 +11,6 @@ from torch import Tensor
 from pipeline.kernels.transfer import to_device
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.cross import quantize_cross
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
 from pipeline.models.families.mllama import spec
 from pipeline.models.layers import Linear
@@ -54,12 +53,6 @@ class Mllama(Model):
         self.family: spec.Mllama = family
         self.tower = tower
         self.projector = projector
-
-    def quantize(self) -> None:
-        super().quantize()
-        for layer in self.decoder.layers:
-            if layer.cross is not None:
-                quantize_cross(layer)
 
     def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:
         """States [sum of num_states + num_padding_states, H], for the cross-attention layers.

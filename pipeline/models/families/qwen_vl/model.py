@@ -21,7 +21,6 @@ from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
 from pipeline.models.families.qwen_vl import spec
-from pipeline.models.fp8 import quantize_block
 from pipeline.models.loading import Weights
 from pipeline.models.rope import rope_config
 from pipeline.models.vision.grids import Grid
@@ -142,11 +141,6 @@ class QwenVL(Model):
     @property
     def feature_size(self) -> int:
         return self.decoder.config.hidden_size * (1 + len(self.tower.config.deepstack))
-
-    def quantize(self) -> None:
-        super().quantize()
-        for block in self.tower.blocks:
-            quantize_block(block, {"qkv": "norm1", "mlp": "norm2"})
 
     def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:
         sized = [_sized(image, layout) for image, layout in zip(images, layouts, strict=True)]
