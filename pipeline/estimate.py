@@ -21,7 +21,7 @@ from pipeline.prefetch import ImageLoader
 from pipeline.prepare import Preparer, Unstored
 from pipeline.prompts import prompt_columns
 from pipeline.rows import Answer, Group, ImageLayout, Request, Row
-from pipeline.settings import LabelSettings, ModelSettings
+from pipeline.settings import LabelSettings
 from pipeline.tokenizer import Tokenizer
 
 WINDOW_REQUESTS = 16_384  # planned together, about what the labeller sees at once
@@ -80,6 +80,8 @@ class Memory:
     kv_gb_per_row: float  # the longest row read
     slots: int
     fits: bool
+    needed_gb: float  # of a card that holds the weights and the longest row
+    needed_fp8_gb: float  # with model.quantization fp8
 
 
 @dataclass(slots=True)
@@ -300,8 +302,9 @@ def _add_cost(
     if not sizes.num_params or not result.stats.num_requests:
         return
     value_bytes = _DTYPE_BYTES[model.dtype]
-    weights = weight_bytes(sizes, model)
-    usable = card.memory_gb * 1e9 * settings.engine.memory_fraction - weights
+    weights = sizes.num_bytes(value_bytes, model.quantization == "fp8")
+    share = 1e9 * settings.engine.memory_fraction
+    usable = card.memory_gb * share - weights
     row_bytes = work.largest * value_bytes
     slots = max(0, min(MAX_SLOTS, int(usable // max(row_bytes, 1))))
     result.memory = Memory(
@@ -311,6 +314,8 @@ def _add_cost(
         kv_gb_per_row=row_bytes / 1e9,
         slots=slots,
         fits=slots > 0,
+        needed_gb=(weights + row_bytes) / share,
+        needed_fp8_gb=(sizes.num_bytes(value_bytes, True) + row_bytes) / share,
     )
     if slots and result.fused:
         scale = result.rows / result.rows_read / 3600
@@ -323,10 +328,3 @@ def _add_cost(
         result.time.rows_per_second = result.rows / (result.time.hours * 3600)
         if price_per_hour is not None:
             result.time.cost = result.time.hours * price_per_hour
-
-
-def weight_bytes(sizes: ModelSizes, model: ModelSettings) -> int:
-    """Bytes of the weights on the device."""
-    value_bytes = _DTYPE_BYTES[model.dtype]
-    decoder = sizes.decoder_params * (1 if model.quantization == "fp8" else value_bytes)
-    return decoder + (sizes.num_params - sizes.decoder_params) * value_bytes

@@ -78,8 +78,13 @@ def _memory(result: Estimate) -> list[tuple[str, str]]:
     if memory is None:
         return []
     told = f"weights {memory.weights_gb:.1f} GB, KV cache {memory.kv_gb_per_row:.3f} GB a row"
-    end = f"{memory.slots} rows at once" if memory.fits else "DOES NOT FIT"
-    return [("memory", f"{told}: {end} on {memory.card_gb:.0f} GB")]
+    card = f"on {memory.card_gb:.0f} GB"
+    if memory.fits:
+        return [("memory", f"{told}: {memory.slots} rows at once {card}")]
+    needed = f"a card of {memory.needed_gb:.0f} GB"
+    if memory.needed_fp8_gb < memory.needed_gb:
+        needed += f", or of {memory.needed_fp8_gb:.0f} GB with model.quantization fp8"
+    return [("memory", f"{told}: DOES NOT FIT {card}; it needs {needed}")]
 
 
 def _time(result: Estimate) -> list[tuple[str, str]]:

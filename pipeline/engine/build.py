@@ -10,6 +10,7 @@ import os
 import torch
 
 from pipeline.engine.engine import Engine
+from pipeline.engine.fit import check_weights_fit
 from pipeline.engine.guided import Grammars
 from pipeline.engine.memory import size_engine
 from pipeline.engine.outcome import Outcomes
@@ -62,6 +63,7 @@ def build_engine(
     """Load the model and divide the device. Raises UserError, EngineError."""
     device = choose_device(settings.engine)
     dtype = choose_dtype(settings.model.dtype, device)
+    check_weights_fit(family.sizes, settings, device, dtype)
     with torch.inference_mode():
         set_invariant(settings.engine.deterministic)
         model = load_model(checkpoint, family, device, dtype, settings.model.quantization)

@@ -78,7 +78,7 @@ def size_engine(model: Model, settings: EngineSettings) -> EngineSizes:
     if tokens == "auto":
         tokens = 16_384 if cuda else 2_048
     wanted = slots if slots != "auto" else (512 if cuda else 256)
-    free = _free_bytes(model, settings)
+    free = free_bytes(model.device, settings)
     states = states_of_an_image(model)
     typical = TYPICAL_TEXT if states else TYPICAL_SEQUENCE
     image, text = states * state_bytes(model), typical * place_bytes(model)
@@ -106,13 +106,18 @@ def size_engine(model: Model, settings: EngineSettings) -> EngineSizes:
     return EngineSizes(wanted, tokens, places, min(num_states, wanted * MAX_IMAGES * states))
 
 
-def _free_bytes(model: Model, settings: EngineSettings) -> int:
-    if model.device.type != "cuda":
+def free_bytes(device: torch.device, settings: EngineSettings) -> int:
+    """What the settings leave of the device beside what is on it now."""
+    if device.type != "cuda":
         pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return min(int(pages * settings.memory_fraction) // 2, CPU_CACHE_BYTES)
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(model.device)
-    used = total - free
-    if settings.memory_limit_gb is not None:
-        total = min(total, int(settings.memory_limit_gb * 1e9))
+    used, total = device_bytes(device, settings)
     return int(total * settings.memory_fraction) - used - CUDA_CONTEXT_BYTES
+
+
+def device_bytes(device: torch.device, settings: EngineSettings) -> tuple[int, int]:
+    """Bytes in use on the GPU, by whom ever, and its size as far as the settings allow."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    limit = settings.memory_limit_gb
+    return total - free, total if limit is None else min(total, int(limit * 1e9))

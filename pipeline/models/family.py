@@ -54,6 +54,11 @@ class ModelSizes:
         vision = self.vision_params + self.projector_params + self.audio_params
         return self.decoder_params + self.embedding_params + vision
 
+    def num_bytes(self, value_bytes: int, float8: bool) -> int:
+        """Bytes of the weights on the device; `float8` makes the decoder's a byte each."""
+        saved = self.decoder_params * (value_bytes - 1) if float8 else 0
+        return self.num_params * value_bytes - saved
+
     @property
     def kv_values_per_token(self) -> int:
         row = self.latent_values or 2 * self.num_kv_heads * self.head_dim

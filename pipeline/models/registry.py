@@ -17,7 +17,7 @@ from pipeline.settings import ModelSettings
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One family of the table; `weights_gb` is the example's size in bfloat16."""
+    """One family of the table; `weights_gb` is what the example takes of the device in bfloat16."""
 
     name: str
     spec: str
@@ -64,14 +64,14 @@ FAMILIES = (
         spec="pipeline.models.families.janus.spec",
         example="deepseek-ai/Janus-Pro-7B",
         templates=("janus-pro",),
-        weights_gb=14.8,
+        weights_gb=14.5,
     ),
     Entry(
         name="deepseek-vl2",
         spec="pipeline.models.families.deepseek_vl2.spec",
         example="deepseek-ai/deepseek-vl2",
         templates=("deepseek-vl2",),
-        weights_gb=55.0,
+        weights_gb=54.9,
     ),
     Entry(
         name="kimi-vl",
@@ -93,7 +93,7 @@ FAMILIES = (
         spec="pipeline.models.families.minicpm_o.spec",
         example="openbmb/MiniCPM-o-2_6",
         templates=("minicpmo",),
-        weights_gb=17.4,
+        weights_gb=16.8,
         takes=("image", "video", "audio"),
     ),
     Entry(
@@ -122,7 +122,7 @@ FAMILIES = (
         spec="pipeline.models.families.llava.next",
         example="lmms-lab/llava-next-72b",
         templates=("chatml-llava", "llava_llama_3"),
-        weights_gb=145.4,
+        weights_gb=145.3,
     ),
     Entry(
         name="llava-onevision",

@@ -32,6 +32,8 @@ class RandomWeights(Weights):
     def take(
         self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None
     ) -> torch.Tensor:
+        if name in self.taken:
+            raise ValueError(f"{name} is taken twice")
         self.taken[name] = tuple(shape)
         if self.device.type == "meta":
             return torch.empty(tuple(shape), dtype=dtype or self.dtype, device="meta")

@@ -46,12 +46,11 @@ small() { # the 3B shapes
   bench small.jsonl --shape 3b --work caption:3,mixed:3 --roofline --seconds 240
   rm -rf /dev/shm/vlm-batch-3b
 }
-families() { # published sizes of other families, one folder at a time; FAMILIES="kimi-vl-a3b janus-pro-7b"
-  local name
+families() { # published sizes of other families; FAMILIES="kimi-vl-a3b llava-next-72b" QUANT=fp8
+  local name quant=${QUANT:-none}
   for name in ${FAMILIES:-janus-pro-1b deepseek-vl2-tiny kimi-vl-a3b}; do
-    python3 scripts/bench/published.py "$name" "/dev/shm/$name" --device cuda || continue
-    bench families.jsonl --model "/dev/shm/$name" --work "${WORK:-caption:2}" --rows 256 --roofline --name "caption/$name"
-    rm -rf "/dev/shm/$name"
+    bench families.jsonl --published "$name" --quantization "$quant" --work "${WORK:-caption:2}" --rows "${ROWS:-256}" \
+      --roofline --name "caption/$name$([ "$quant" = none ] || echo "/$quant")"
   done
 }
 card24() { # as on a card of 24 GB; the weights take 16.6 of them

@@ -14,10 +14,10 @@ from PIL import Image
 
 from pipeline import sources
 from pipeline.errors import RowError, UserError
-from pipeline.estimate import CARDS, Estimate, estimate, weight_bytes
+from pipeline.estimate import CARDS, Estimate, estimate
 from pipeline.models.families.qwen_vl.spec import _sizes
 from pipeline.rows import ImageRef, Row
-from pipeline.settings import LabelSettings, ModelSettings
+from pipeline.settings import LabelSettings
 from tests.helpers.checkpoints import write_qwen2_5_vl
 
 # Qwen2.5-VL-7B, for the arithmetic only.
@@ -149,6 +149,8 @@ def test_a_card_that_is_too_small(monkeypatch: pytest.MonkeyPatch, folder: Path)
     result, _ = run(monkeypatch, folder, card="tiny")
     assert result.memory is not None
     assert not result.memory.fits
+    assert result.memory.needed_gb == pytest.approx(18.5, abs=0.1)
+    assert result.memory.needed_fp8_gb == pytest.approx(11.2, abs=0.1)
     assert result.time is None
     with pytest.raises(UserError, match="h100"):
         run(monkeypatch, folder, card="abacus")
@@ -156,10 +158,6 @@ def test_a_card_that_is_too_small(monkeypatch: pytest.MonkeyPatch, folder: Path)
 
 def test_weight_bytes_by_type() -> None:
     sizes = _sizes(BIG, BIG_VISION, "qwen2_5")
-    settings = [
-        ModelSettings(id="x", **keys)
-        for keys in ({}, {"dtype": "float32"}, {"quantization": "fp8"})
-    ]
-    half, full, quantized = (weight_bytes(sizes, each) / 1e9 for each in settings)
-    assert full == pytest.approx(2 * half)
-    assert quantized == pytest.approx(half - sizes.decoder_params / 1e9)
+    half, full, quantized = (sizes.num_bytes(*each) for each in ((2, False), (4, False), (2, True)))
+    assert full == 2 * half
+    assert quantized == half - sizes.decoder_params

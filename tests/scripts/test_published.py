@@ -1,4 +1,4 @@
-"""Published checkpoints' sizes: every family builds at them, and random weights load."""
+"""Published sizes: every family builds at them, as many values as the hub counts, each once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.deepseek_vl2 import spec
-from pipeline.models.registry import family_for
+from pipeline.models.registry import FAMILIES, Entry, family_for
 from pipeline.settings import ModelSettings
 from scripts.bench import published
 from scripts.bench.limits import work_of_sizes
@@ -28,6 +28,11 @@ PARAMETERS = {
     "gemma-3-27b": 27_432_406_640,
     "llama-3.2-11b-vision": 10_670_220_835,
     "llama-3.2-90b-vision": 88_593_355_323,
+    "qwen2-vl-7b": 8_291_375_616,
+    "qwen3-vl-8b": 8_767_123_696,
+    "minicpm-v-2.6": 8_099_175_152,
+    "minicpm-o-2.6": 8_423_157_488,  # without the speech synthesis
+    "smolvlm2-2.2b": 2_246_784_880,
     "janus-pro-1b": 1_962_640_384,  # without the generation of images
     "janus-pro-7b": 7_235_034_112,
     "kimi-vl-a3b": 16_407_656_048,
@@ -51,6 +56,24 @@ def test_a_family_builds_at_its_published_size(name: str, tmp_path: Path) -> Non
     family = family_for(Checkpoint.open(settings), settings)
     assert family.sizes.num_params == pytest.approx(count, rel=0.002)
     assert family.eos_token_ids
+
+
+EXAMPLES = {
+    "gemma3": "gemma-3-4b", "mllama": "llama-3.2-11b-vision", "janus": "janus-pro-7b",
+    "deepseek-vl2": "deepseek-vl2", "kimi-vl": "kimi-vl-a3b", "minicpm-v": "minicpm-v-2.6",
+    "minicpm-o": "minicpm-o-2.6", "smolvlm": "smolvlm2-2.2b", "pixtral": "pixtral-12b",
+    "llava": "llava-v1.5-13b", "llava-next": "llava-next-72b",
+    "llava-onevision": "llava-onevision-qwen2-7b",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", [e for e in FAMILIES if e.name in EXAMPLES], ids=lambda e: e.name)
+def test_the_table_of_models_tells_what_they_need(entry: Entry, tmp_path: Path) -> None:
+    """As `run` counts before it loads."""
+    published.write_small_files(EXAMPLES[entry.name], tmp_path)
+    settings = ModelSettings(id=str(tmp_path))
+    sizes = family_for(Checkpoint.open(settings), settings).sizes
+    assert entry.weights_gb == pytest.approx(sizes.num_bytes(2, False) / 1e9, abs=0.06, rel=0.002)
 
 
 def test_work_follows_from_sizes(tmp_path: Path) -> None:

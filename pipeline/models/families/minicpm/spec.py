@@ -244,7 +244,7 @@ def _sizes(config: Mapping[str, Any]) -> ModelSizes:
         **decoder_sizes(config),
         vision_params=depth * (4 * width * width + 2 * width * vision["intermediate_size"])
         + reading,
-        projector_params=2 * hidden * hidden,
+        projector_params=3 * hidden * hidden,
         patches_per_token=16,
         patches_per_run=1024,
         vision_width=width,

@@ -251,10 +251,11 @@ def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> 
     matrices = 3 if variant == "qwen2_5" else 2
     depth = int(vision.get("depth", 32))
     merged = width * vision.get("spatial_merge_size", 2) ** 2
+    deep = len(vision.get("deepstack_visual_indexes", range(3))) if variant == "qwen3" else 0
     return ModelSizes(
         **decoder_sizes(text, bool(text.get("tie_word_embeddings"))),
         vision_params=depth * (4 * width * width + matrices * width * inner),
-        projector_params=merged * merged + merged * text["hidden_size"],
+        projector_params=(1 + deep) * merged * (merged + text["hidden_size"]),
         patches_per_token=vision.get("spatial_merge_size", 2) ** 2,
         vision_width=width,
         vision_full_blocks=len(vision.get("fullatt_block_indexes", range(depth))),
