@@ -27,7 +27,9 @@ class ModelSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="`auto` is bfloat16 on a GPU and float32 on a CPU."
     )
-    quantization: Literal["none", "fp8"] = Field("none", description="none or fp8.")
+    quantization: Literal["none", "fp8"] = Field(
+        "none", description="none, or fp8: the decoder's weights in a byte each."
+    )
     max_pixels: int | None = Field(None, ge=1, description="Pixels an image is resized to at most.")
     min_pixels: int | None = Field(None, ge=1, description="Pixels an image has at least.")
     pan_and_scan: bool = Field(False, description="Gemma 3: crops of long images beside the whole.")

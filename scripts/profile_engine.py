@@ -1,6 +1,7 @@
 """Where the device's time goes, kernel by kernel: one workload through the labeller, profiled.
 
     python scripts/profile_engine.py --random-weights 7b --work caption --rows 128
+    python scripts/profile_engine.py --published kimi-vl-a3b --quantization fp8
 
 Prints the kernels by total time, and how long the device had nothing to do. Records no result.
 """
@@ -11,13 +12,14 @@ import argparse
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench import checkpoint, measure, workloads  # noqa: E402
+from scripts.bench import checkpoint, measure, published, random_weights, workloads  # noqa: E402
 
 NUM_KERNELS = 40
 NUM_GAPS = 20
@@ -27,15 +29,21 @@ LONG_GAP = 0.002  # seconds
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--random-weights", choices=sorted(checkpoint.SIZES), default="7b")
+    parser.add_argument("--published", choices=published.names(), help="instead, in no file")
     parser.add_argument("--work", choices=workloads.NAMES, default="caption")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--quantization", default="none")
     args = parser.parse_args()
-    folder = Path("/dev/shm") / f"vlm-batch-{args.random_weights}"
-    model = str(checkpoint.make(folder, args.random_weights, ROOT / ".whl/tokenizer", "cuda"))
+    folder = Path("/dev/shm") / f"vlm-batch-{args.published or args.random_weights}"
+    if args.published:
+        published.write_small_files(args.published, folder)
+    else:
+        checkpoint.make(folder, args.random_weights, ROOT / ".whl/tokenizer", "cuda")
     loads = [workloads.make(args.work, args.rows, seed) for seed in (1, 2)]
     options = {"quantization": args.quantization}
-    report(*profiled(measure.settings(model, loads, {}, options), loads))
+    chosen = measure.settings(str(folder), loads, {}, options)
+    with random_weights.installed() if args.published else nullcontext():
+        report(*profiled(chosen, loads))
     return 0
 
 

@@ -137,7 +137,7 @@ def measure(chosen: LabelSettings, warmups: list[Workload], loads: list[Workload
     try:
         prompts = frozenset(chosen.prompts)
         for number, warmup in enumerate(warmups):
-            list(labeller.label([shard(warmup, f"warmup{number}", prompts)]))
+            _check(list(labeller.label([shard(warmup, f"warmup{number}", prompts)])))
         found = Measurement(opened - started, time.perf_counter() - opened)
         _reset_peak(labeller)
         for number, workload in enumerate(loads):
@@ -145,6 +145,13 @@ def measure(chosen: LabelSettings, warmups: list[Workload], loads: list[Workload
     finally:
         labeller.close()
     return found
+
+
+def _check(answers: list[Answer]) -> None:
+    """Raises: SystemExit where the model answers nothing, so that no device time is lost on it."""
+    failed = [answer for answer in answers if answer.error_code is not None]
+    if failed and len(failed) == len(answers):
+        raise SystemExit(f"Every answer of the warm-up failed: {failed[0].error}")
 
 
 def _repeat(labeller: Any, workload: Workload, name: str, prompts: frozenset[str]) -> Repetition:

@@ -50,7 +50,7 @@ families() { # published sizes of other families; FAMILIES="kimi-vl-a3b llava-ne
   local name quant=${QUANT:-none}
   for name in ${FAMILIES:-janus-pro-1b deepseek-vl2-tiny kimi-vl-a3b}; do
     bench families.jsonl --published "$name" --quantization "$quant" --work "${WORK:-caption:2}" --rows "${ROWS:-256}" \
-      --roofline --name "caption/$name$([ "$quant" = none ] || echo "/$quant")"
+      --roofline --name "caption/$name$([ "$quant" = none ] || echo "/$quant")" ${ARGS:-}
   done
 }
 card24() { # as on a card of 24 GB; the weights take 16.6 of them
