@@ -201,6 +201,18 @@ def _take_cross_layer(weights: Weights, name: str, c: DecoderConfig) -> DecoderL
     )
 
 
+def _take_head(weights: Weights, c: DecoderConfig, embedding: Tensor) -> Linear:
+    """The file's own head, or the embedding for a tied one.
+
+    A tied checkpoint that was tuned may hold a head of other values; it counts, as in transformers.
+    """
+    if c.tied and not weights.has("lm_head.weight"):
+        return Linear(embedding)
+    head = Linear.take(weights, "lm_head", c.vocab_size, c.hidden_size, bias=False)
+    same = c.tied and torch.equal(head.weight, embedding[: c.vocab_size])
+    return Linear(embedding) if same else head
+
+
 class Decoder:
     """Embedded tokens to hidden states to logits."""
 
@@ -230,14 +242,7 @@ class Decoder:
         norm = RMSNorm.take(
             weights, f"{name}.norm", config.hidden_size, config.eps, config.norm_offset
         )
-        if config.tied:
-            head = Linear(embedding)
-            weights.drop("lm_head.weight")
-        else:
-            head = Linear.take(
-                weights, "lm_head", config.vocab_size, config.hidden_size, bias=False
-            )
-        return cls(config, layers, norm, head, weights.device)
+        return cls(config, layers, norm, _take_head(weights, config, embedding), weights.device)
 
     def __call__(
         self, x: Tensor, positions: Tensor, attend: Attend, last: Tensor | None = None

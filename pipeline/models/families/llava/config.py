@@ -17,7 +17,6 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.llava.tower_sizes import (
     TowerSizes,
     converted_tower,
-    known_tower,
     original_tower,
 )
 
@@ -26,10 +25,11 @@ ORIGINAL = {
     "LlavaMistralForCausalLM": "mistral",
     "LlavaQwenForCausalLM": "qwen2",
 }
+ONEVISION = "LlavaOnevisionForConditionalGeneration"
 CONVERTED = {
     "LlavaForConditionalGeneration": "pad",
     "LlavaNextForConditionalGeneration": "anyres",
-    "LlavaOnevisionForConditionalGeneration": "anyres_max_9",
+    ONEVISION: "anyres_max_9",
 }
 LLAMA_3_VOCABULARY = 128_256
 # What transformers' text configs take for a key that a file leaves out.
@@ -52,7 +52,13 @@ _TEXT = {
         "sliding_window": 4096,
     },
     "qwen2": _LLAMA
-    | {"intermediate_size": 22016, "vocab_size": 151_936, "max_position_embeddings": 32768},
+    | {
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,  # where `use_sliding_window` says so
+    },
 }
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _ONEVISION = tuple((384 * i, 384 * j) for i in range(1, 7) for j in range(1, 7))
@@ -98,7 +104,8 @@ def architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def _text_type(config: Mapping[str, Any]) -> str:
-    return str((config.get("text_config") or {}).get("model_type", "llama"))
+    default = "qwen2" if ONEVISION in (config.get("architectures") or []) else "llama"
+    return str((config.get("text_config") or {}).get("model_type", default))
 
 
 def _has_llava_tower(config: Mapping[str, Any]) -> bool:
@@ -115,7 +122,7 @@ def row_of(config: Mapping[str, Any]) -> str | None:
     if name is None:
         return None
     text = {**config, **(config.get("text_config") or {})}
-    if name == "LlavaOnevisionForConditionalGeneration":
+    if name == ONEVISION:
         return "llava-onevision"
     if name == "LlavaQwenForCausalLM" and "siglip" in str(config["mm_vision_tower"]):
         return "llava-onevision"
@@ -201,11 +208,9 @@ def _converted(checkpoint: Checkpoint, name: str) -> LlavaConfig:
     c = checkpoint.config
     decoder = _text_type(c)
     text = _TEXT[decoder] | dict(c.get("text_config") or {})
-    onevision = name == "LlavaOnevisionForConditionalGeneration"
-    default = "siglip-so400m-patch14-384" if onevision else "clip-vit-large-patch14-336"
-    vision = c.get("vision_config")
+    onevision = name == ONEVISION
     layer = c.get("vision_feature_layer", -1 if onevision else -2)
-    tower = converted_tower(vision, layer) if vision else known_tower(default)
+    tower = converted_tower(c.get("vision_config"), layer, onevision)
     strategy = c.get("vision_feature_select_strategy", "full" if onevision else "default")
     aspect = CONVERTED[name]
     if aspect == "pad":

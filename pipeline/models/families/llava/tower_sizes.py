@@ -63,13 +63,17 @@ _KEYS = {
 }
 
 
-def known_tower(name: str) -> TowerSizes:
-    return _KNOWN[name]
+def converted_tower(vision: Mapping[str, Any] | None, layer: Any, onevision: bool) -> TowerSizes:
+    """The tower of transformers' layout, up to the hidden state `layer`.
 
-
-def converted_tower(vision: Mapping[str, Any], layer: Any) -> TowerSizes:
-    """The tower of transformers' layout, up to the hidden state `layer`."""
-    return _cut(_from_config(vision), layer)
+    A config without a `vision_config` means the sizes that the class writes out for it; one that
+    only lacks keys means the tower class's own.
+    """
+    if vision is None:
+        sizes = _KNOWN["siglip-so400m-patch14-384" if onevision else "clip-vit-large-patch14-336"]
+        return _cut(replace(sizes, blocks=26) if onevision else sizes, layer)
+    kind = "siglip_vision_model" if onevision else "clip_vision_model"
+    return _cut(_from_config({"model_type": kind} | dict(vision)), layer)
 
 
 def original_tower(checkpoint: Checkpoint) -> TowerSizes:

@@ -124,8 +124,8 @@ class Pixtral(Family):
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
         config = checkpoint.config
         self.original = is_original(config)
-        if not self.original and config.get("vision_feature_layer", -1) != -1:
-            raise UserError(f"model.id {checkpoint.id!r}: only the tower's last layer is supported")
+        if not self.original:
+            _check_features(checkpoint)
         text, self.tower = text_config(config), tower_sizes(config)
         # NOTE: the large one's tokenizer is SentencePiece, and its template a later one.
         large = checkpoint.vocabulary_id("▁") is not None
@@ -182,6 +182,20 @@ class Pixtral(Family):
 
     def render(self, turns: Sequence[Turn]) -> tuple[Piece, ...]:
         return render(self.template, [_normalised(turn) for turn in turns])
+
+
+def _check_features(checkpoint: Checkpoint) -> None:
+    """Refuse what transformers' class does with its defaults, and Pixtral was not trained for."""
+    config = checkpoint.config
+    taken = config.get("vision_feature_layer", -2)
+    strategy = config.get("vision_feature_select_strategy", "default")
+    act = config.get("projector_hidden_act", "gelu")
+    if (taken, strategy, act) != (-1, "full", "gelu"):
+        raise UserError(
+            f"model.id {checkpoint.id!r}: only Pixtral's own vision_feature_layer -1,"
+            ' vision_feature_select_strategy "full" and projector_hidden_act "gelu" are supported;'
+            f" its config.json has {taken}, {strategy!r} and {act!r}"
+        )
 
 
 def _token(checkpoint: Checkpoint, name: str, stated: int | None) -> int:

@@ -111,7 +111,6 @@ def decoder_config(config: Mapping[str, Any], variant: str) -> DecoderConfig:
         differences |= {"qk_norm": True, "qkv_bias": bias, "out_bias": bias}
     else:
         differences |= {"qkv_bias": True, "windows": _windows(text)}
-        differences["eps"] = text.get("rms_norm_eps", 1e-5)
     return common_config(text, rope, **differences)
 
 

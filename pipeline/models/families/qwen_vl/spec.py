@@ -34,14 +34,42 @@ VARIANTS = {
     "Qwen3VLForConditionalGeneration": "qwen3",
 }
 _MODEL_TYPES = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2_5", "qwen3_vl": "qwen3"}
+_QWEN3_NAMES = ("Qwen3VLForConditionalGeneration", "qwen3_vl")
+# What transformers' text configs take for a key that a file leaves out.
+_QWEN2_TEXT = {
+    "vocab_size": 152_064,
+    "hidden_size": 8192,
+    "intermediate_size": 29_568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": 4096,  # where `use_sliding_window` says so
+}
+_QWEN3_TEXT = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 128_000,
+    "rms_norm_eps": 1e-6,
+}
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's keys: nested in newer files, at the top in the original ones."""
-    nested = config.get("text_config")
-    return {**config, **nested} if nested else config
+    return {**_text_defaults(config), **config, **(config.get("text_config") or {})}
+
+
+def _text_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    names = [*(config.get("architectures") or ()), str(config.get("model_type"))]
+    return _QWEN3_TEXT if any(name in _QWEN3_NAMES for name in names) else _QWEN2_TEXT
 
 
 def mrope_section(config: Mapping[str, Any]) -> tuple[int, ...] | None:

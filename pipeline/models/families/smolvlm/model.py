@@ -82,7 +82,7 @@ class SmolVLM(Model):
 
 def build(checkpoint: Checkpoint, family: spec.SmolVLM, weights: Weights) -> SmolVLM:
     """Take the model's tensors from `weights`."""
-    text, vision = checkpoint.config["text_config"], spec.vision_config(checkpoint.config)
+    text, vision = spec.text_config(checkpoint.config), spec.vision_config(checkpoint.config)
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     tied = bool(checkpoint.config.get("tie_word_embeddings", False))
     config = common_config(text, rope_config(text, head_dim), tied=tied)

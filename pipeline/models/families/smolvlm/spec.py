@@ -36,6 +36,15 @@ _VISION = {
     "image_size": 224,
     "patch_size": 32,
 }
+_TEXT = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
 _LONGEST = 4096  # pixels of a side, whatever the settings say
 
 
@@ -47,6 +56,10 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 def build(checkpoint: Checkpoint, settings: ModelSettings) -> SmolVLM:
     return SmolVLM(checkpoint, settings)
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    return _TEXT | config["text_config"]
 
 
 def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +105,7 @@ class SmolVLM(Family):
     template = smolvlm.TEMPLATE
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
-        text, vision = checkpoint.config["text_config"], vision_config(checkpoint.config)
+        text, vision = text_config(checkpoint.config), vision_config(checkpoint.config)
         processor = checkpoint.preprocessor_config
         self.tile = int((processor.get("max_image_size") or {}).get("longest_edge", 364))
         self.longest = int((processor.get("size") or {}).get("longest_edge", 4 * 364))
@@ -106,7 +119,7 @@ class SmolVLM(Family):
         self.image_std = tuple(processor.get("image_std") or (0.5, 0.5, 0.5))
         self.shuffle = int(checkpoint.config.get("scale_factor", 2))
         self.tile_tokens = (vision["image_size"] // vision["patch_size"] // self.shuffle) ** 2
-        self.context_length = int(text.get("max_position_embeddings", 8192))
+        self.context_length = int(text["max_position_embeddings"])
         self.eos_token_ids = end_tokens(checkpoint, checkpoint.config, self.template)
         self.default_sampling = default_sampling(checkpoint.generation_config)
         self.sizes = _sizes(checkpoint.config, vision, self.shuffle)
@@ -154,7 +167,7 @@ class SmolVLM(Family):
 
 
 def _sizes(config: Mapping[str, Any], vision: Mapping[str, Any], shuffle: int) -> ModelSizes:
-    text, width, depth = config["text_config"], vision["hidden_size"], vision["num_hidden_layers"]
+    text, width, depth = text_config(config), vision["hidden_size"], vision["num_hidden_layers"]
     return ModelSizes(
         **decoder_sizes(text, config.get("tie_word_embeddings", False)),
         vision_params=depth * (4 * width * width + 2 * width * vision["intermediate_size"]),
