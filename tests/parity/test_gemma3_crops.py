@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -116,3 +117,19 @@ def test_other_families_refuse_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pan_and_scan"):
         settings = ModelSettings(id=str(write_qwen2_vl(tmp_path)), pan_and_scan=True)
         family_for(Checkpoint.open(settings), settings)
+
+
+def test_the_checkpoints_own_settings_count(tmp_path: Path) -> None:
+    """A preprocessor_config.json that asks for crops gets them, of its own sizes."""
+    path = write_gemma3(tmp_path) / "preprocessor_config.json"
+    own = {
+        "do_pan_and_scan": True,
+        "pan_and_scan_min_crop_size": 100,
+        "pan_and_scan_max_num_crops": 3,
+        "pan_and_scan_min_ratio_to_activate": 2.0,
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    family = family_of(tmp_path)
+    for size in [*SIZES, (400, 210), (1000, 100), (100, 210)]:
+        pictures = processor(tmp_path).image_processor(images=[random_image(*size)])
+        assert len(family.layout(*size).views) == len(pictures["pixel_values"]), size

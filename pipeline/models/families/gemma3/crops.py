@@ -1,13 +1,14 @@
 """Gemma's pan and scan: crops of long images beside the whole, with words between them.
 
-Off unless model.pan_and_scan asks for it, as in transformers. Imports no torch.
+Off unless model.pan_and_scan or the checkpoint's own do_pan_and_scan asks for it. Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,15 @@ class CropRule:
     min_side: int = 256
     max_crops: int = 4
     min_ratio: float = 1.2
+
+    @classmethod
+    def read(cls, processor: Mapping[str, Any]) -> CropRule:
+        """From preprocessor_config.json, which mostly has null for all three."""
+        return cls(
+            int(processor.get("pan_and_scan_min_crop_size") or 256),
+            int(processor.get("pan_and_scan_max_num_crops") or 4),
+            float(processor.get("pan_and_scan_min_ratio_to_activate") or 1.2),
+        )
 
     def boxes(self, width: int, height: int) -> list[Box]:
         """Crops along the longer side, none for an image near a square or too small."""

@@ -107,11 +107,13 @@ class Gemma3(Family):
         self.sizes = _sizes(text, vision, int(config.get("mm_tokens_per_image") or 256))
         self._checkpoint = checkpoint
         self._layout: ImageLayout | None = None
-        self.crops = CropRule() if settings.pan_and_scan else None
+        processor = checkpoint.preprocessor_config
+        wanted = settings.pan_and_scan or processor.get("do_pan_and_scan")
+        self.crops = CropRule.read(processor) if wanted else None
         if vision is None:
             self.takes = frozenset()
         else:
-            self._read_processor(checkpoint.preprocessor_config, config, vision)
+            self._read_processor(processor, config, vision)
 
     def _read_processor(
         self, processor: Mapping[str, Any], config: Mapping[str, Any], vision: Mapping[str, Any]
