@@ -44,6 +44,10 @@ class Listed(Weights):
         self.taken.add(name)
         return torch.empty(tuple(shape), dtype=dtype or self.dtype, device="meta")
 
+    def has(self, name: str) -> bool:
+        self.taken.add(name)
+        return False  # of a tied model's head, which files leave out
+
     def drop(self, name: str) -> None:
         self.taken.add(name)
 
