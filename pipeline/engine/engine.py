@@ -79,6 +79,7 @@ class Engine:
         self._mode = SamplerMode()
         self._fed = True  # more may come
         self._num_failed_steps = 0
+        self._num_started = 0  # sequences since the last step
         self.draining = False
 
     @torch.inference_mode()
@@ -95,8 +96,7 @@ class Engine:
             elif not self.running and self.scheduler.waiting and not self.draining:
                 self.scheduler.reject_stuck()
             self.scheduler.batch_has_run()
-            # Lanes that can be filled at once are: a step costs about the same however few run.
-            if self.running and not (pieces and self.scheduler.has_batch(self._flushing())):
+            if self.running and not (pieces and self._waits_to_decode()):
                 self._step()
             lag = 1 if self.settings.overlap and not self._mode.guided else 0
             yield from self._collect(lag if self.running else 0)
@@ -107,6 +107,14 @@ class Engine:
     def _flushing(self) -> bool:
         """Whether a small batch is worth it, as nothing more comes or nothing runs."""
         return not self._fed or not self.running
+
+    def _waits_to_decode(self) -> bool:
+        """Whether the next batch goes first: a step costs about the same however few lanes run.
+
+        Rows that end with their first token leave their lanes free, so the wait is bounded.
+        """
+        bounded = self._num_started < self.slots.num_slots
+        return bounded and self.scheduler.has_batch(self._flushing())
 
     def _idle(self) -> bool:
         return not (self._fed or self.scheduler.waiting or self._steps)
@@ -198,6 +206,7 @@ class Engine:
         tokens, valid = sample(logits, self.slots, rows, mode)
         result = advance(self.slots, rows, tokens, valid, step=0)
         self.running.update((s.lane, s) for s in sequences)
+        self._num_started += len(sequences)
         self._push(list(enumerate(sequences)), result)
 
     def _prepare(self, sequences: list[Sequence], mode: SamplerMode) -> None:
@@ -260,6 +269,7 @@ class Engine:
     # 3. step
 
     def _step(self) -> None:
+        self._num_started = 0
         # Long ones first: attention then ends on short work.
         sequences = sorted(self.running.values(), key=lambda s: -s.request.num_tokens)
         longest = max(

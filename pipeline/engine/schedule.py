@@ -52,12 +52,25 @@ class Piece:
 
 @dataclass(slots=True, eq=False)
 class PrefixWork:
-    """The current prefix: its range, and the piece that is still to be computed."""
+    """A prefix: its range, and the images whose features it needs until it is computed."""
 
     prefix: Prefix
-    extent: Extent
-    piece: Piece | None
+    images: tuple[tuple[PlacedImage, Any], ...]  # with their pixels
+    extent: Extent = field(default_factory=lambda: Extent(0, 0))  # empty until its first group
     error: RowError | None = None
+
+    @property
+    def is_placed(self) -> bool:
+        return self.extent.length > 0
+
+    def place(self, extent: Extent) -> Piece:
+        """Give it its range, for those who count on it already; returns the piece to compute."""
+        extent.num_users, self.extent = self.extent.num_users, extent
+        prefix, images = self.prefix, self.images
+        self.images = ()
+        return Piece(
+            prefix.tokens, prefix.positions, 0, len(prefix.tokens), extent, (), images, owner=self
+        )
 
     def same_as(self, prefix: Prefix) -> bool:
         mine, theirs = self.prefix, prefix
@@ -113,11 +126,12 @@ class Scheduler:
         self.prefix: PrefixWork | None = None
         self.waiting: deque[GroupWork] = deque()
         self.rejected: list[Completion] = []
+        self._num_waiting_tokens = 0
         self._afterwards: list[Callable[[], None]] = []
 
     @property
     def num_waiting_tokens(self) -> int:
-        return sum(self._cost(w.group) for w in self.waiting)
+        return self._num_waiting_tokens
 
     def _cost(self, group: Group) -> int:
         if self.state_pool is None:
@@ -135,16 +149,9 @@ class Scheduler:
             return
         images = tuple(zip(prefix.images, pixels, strict=True))
         error = next((p for _, p in images if isinstance(p, RowError)), None)
-        extent = None if error else self.pool.take(len(prefix.tokens))
-        if extent is None:
-            error = error or RowError("out_of_memory", "The shared prefix does not fit the cache.")
-            self.prefix = PrefixWork(prefix, Extent(0, 0), None, error)
-            return
-        self.prefix = PrefixWork(prefix, extent, None)
-        self.prefix.piece = Piece(
-            prefix.tokens, prefix.positions, 0, len(prefix.tokens), extent, (), images,
-            owner=self.prefix,
-        )  # fmt: skip
+        if error is None and len(prefix.tokens) > self.pool.size:
+            error = RowError("out_of_memory", "The shared prefix does not fit the cache.")
+        self.prefix = PrefixWork(prefix, images, error=error)
 
     def add_group(self, group: Group, pixels: Seq[Any]) -> None:
         have = len(self.prefix.prefix.tokens) if self.prefix is not None else 0
@@ -154,6 +161,7 @@ class Scheduler:
             )
         work = GroupWork(group, tuple(pixels), self.prefix, deque(group.requests))
         self.waiting.append(work)
+        self._num_waiting_tokens += self._cost(group)
         if self.prefix is not None and group.num_prefix_tokens:
             self.prefix.extent.num_users += 1
 
@@ -209,8 +217,8 @@ class Scheduler:
             work.waiting.clear()
             return []
         pieces = self._base_pieces(work)
-        if pieces is None:
-            return []
+        if work.shared is None:
+            return pieces
         budget -= sum(p.cost for p in pieces)
         while work.waiting and self.free_lanes:
             request = work.waiting[0]
@@ -252,25 +260,34 @@ class Scheduler:
             return work.prefix.error
         return next((p for _, p in work.shared_images() if isinstance(p, RowError)), None)
 
-    def _base_pieces(self, work: GroupWork) -> list[Piece] | None:
-        """Prefix and shared pieces that are still to be computed; None when there is no room."""
-        pieces = []
+    def _base_pieces(self, work: GroupWork) -> list[Piece]:
+        """Prefix and shared pieces that are still to be computed, as far as there is room.
+
+        `work.shared` is None until there was room for all.
+        """
+        pieces: list[Piece] = []
         group = work.group
-        length = group.num_shared_tokens - group.num_prefix_tokens
-        if work.shared is None:
-            extent = self.pool.take(length)
+        # NOTE: taken here, not when the prefix comes: then running rows may fill the cache.
+        if group.num_prefix_tokens and work.prefix is not None and not work.prefix.is_placed:
+            extent = self.pool.take(group.num_prefix_tokens)
             if extent is None:
-                return None
-            if not self._take_shared_states(work):
-                self.pool.give(extent)
-                return None
-            work.shared = extent
-            if length:
-                pieces.append(self._shared_piece(work, extent))
-        if group.num_prefix_tokens and work.prefix is not None and work.prefix.piece is not None:
-            pieces.insert(0, work.prefix.piece)
-            work.prefix.piece = None
+                return pieces
+            pieces.append(work.prefix.place(extent))
+        if work.shared is None:
+            pieces += self._take_shared(work)
         return pieces
+
+    def _take_shared(self, work: GroupWork) -> list[Piece]:
+        """Take the range that the group shares, if there is room; its piece if it is not empty."""
+        length = work.group.num_shared_tokens - work.group.num_prefix_tokens
+        extent = self.pool.take(length)
+        if extent is None:
+            return []
+        if not self._take_shared_states(work):
+            self.pool.give(extent)
+            return []
+        work.shared = extent
+        return [self._shared_piece(work, extent)] if length else []
 
     def _take_shared_states(self, work: GroupWork) -> bool:
         """Whether there is room for the states of the images that the group shares."""
@@ -328,13 +345,13 @@ class Scheduler:
 
     def _drop(self, work: GroupWork) -> None:
         """The group is wholly admitted: its own hold on ranges ends."""
+        self._num_waiting_tokens -= self._cost(work.group)
         if work.shared is not None:
             self.pool.give(work.shared)
         if work.states is not None:
             self.state_pool.give(work.states)
         if work.group.num_prefix_tokens and work.prefix is not None:
-            if work.prefix.error is None:
-                self.pool.give(work.prefix.extent)
+            self.pool.give(work.prefix.extent)
 
     def batch_has_run(self) -> None:
         """Give back what only the batches so far needed."""
