@@ -81,7 +81,8 @@ class Labeller:
         try:
             for completion in self.engine.run(feed):
                 yield from self._take_early()
-                yield self._answer(completion)
+                if completion is not None:
+                    yield self._answer(completion)
             yield from self._take_early()
         finally:
             feed.close()

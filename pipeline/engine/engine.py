@@ -83,11 +83,14 @@ class Engine:
         self.draining = False
 
     @torch.inference_mode()
-    def run(self, feed: Feed) -> Iterator[Completion]:
-        """Complete every fed request once, in any order. Ends with the feed."""
+    def run(self, feed: Feed) -> Iterator[Completion | None]:
+        """Complete every fed request once, in any order. Ends with the feed.
+
+        None comes now and then while there is nothing to do, so that the caller has its turn.
+        """
         self._fed = True
         while True:
-            self._receive(feed)
+            starved = self._receive(feed)
             pieces = [] if self.draining else self.scheduler.next_batch(self._flushing())
             if pieces:
                 self._prefill(pieces)
@@ -103,6 +106,8 @@ class Engine:
             if not self.running and (self.draining or self._idle()):
                 self.timer.settle(wait=True)
                 return
+            if starved:
+                yield None
 
     def _flushing(self) -> bool:
         """Whether a small batch is worth it, as nothing more comes or nothing runs."""
@@ -121,8 +126,11 @@ class Engine:
 
     # 1. receive
 
-    def _receive(self, feed: Feed) -> None:
-        """Take what the feed has; wait for it only when the device has nothing to do."""
+    def _receive(self, feed: Feed) -> bool:
+        """Take what the feed has; wait for it only when the device has nothing to do.
+
+        Returns whether the wait was in vain.
+        """
         enough = 2 * self.scheduler.prefill_tokens
         while self._fed and self.scheduler.num_waiting_tokens < enough and not self.draining:
             starving = not self.running and not self.scheduler.waiting
@@ -135,8 +143,9 @@ class Engine:
                 self._fed = False
             elif fed is not None:
                 self._add(fed)
-            elif not starving:
-                return
+            else:
+                return starving
+        return False
 
     def _add(self, fed: Any) -> None:
         with self.timer.host("upload"):

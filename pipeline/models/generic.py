@@ -60,8 +60,8 @@ class GenericEngine:
         self._tokenizer_json = checkpoint.tokenizer_json
         self._grammars: Grammars | None = None
 
-    def run(self, feed: Feed) -> Iterator[Completion]:
-        """Complete every fed request once. Ends with the feed."""
+    def run(self, feed: Feed) -> Iterator[Completion | None]:
+        """Complete every fed request once. Ends with the feed; None as the fused engine's."""
         waiting: deque[Work] = deque()
         fed = True
         while not self.draining:
@@ -72,11 +72,13 @@ class GenericEngine:
                 elif item is not None:
                     waiting.extend(_works(item))
                     item.release()
-                elif waiting:
+                else:
                     break
             if waiting:
                 yield from self._answer(self._next_batch(waiting))
-            elif not fed:
+            elif fed:
+                yield None
+            else:
                 return
 
     def _next_batch(self, waiting: deque[Work]) -> list[Work]:
