@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+Positive = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseModel):
@@ -156,16 +159,20 @@ class EngineSettings(Settings):
         0.9, gt=0, le=1, description="Share of the card's memory to take; 1 leaves nothing over."
     )
     memory_limit_gb: float | None = Field(None, gt=0, description="Pretend the card has this much.")
-    decode_slots: int | Literal["auto"] = Field("auto", description="Answers written at once.")
-    prefill_tokens: int | Literal["auto"] = Field("auto", description="Tokens of a prefill batch.")
-    workers: int | Literal["auto"] = Field("auto", description="Image decoding processes.")
+    decode_slots: Positive | Literal["auto"] = Field("auto", description="Answers written at once.")
+    prefill_tokens: Positive | Literal["auto"] = Field(
+        "auto", description="Tokens of a prefill batch."
+    )
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="Image decoding processes."
+    )
     max_context: int | None = Field(None, ge=1, description="Prompt and answer tokens at most.")
     overlap: bool = Field(True, description="Prepare the next step while the device works.")
     share_prefix: bool = Field(True, description="Compute the tokens that all rows share once.")
     share_images: bool = Field(True, description="Read an image once for all of its prompts.")
     cuda_graphs: bool = Field(True, description="Decode by replaying a recorded step.")
     deterministic: bool = Field(False, description="Same text whatever the batch, bitwise.")
-    threads: int | Literal["auto"] = Field("auto", description="CPU threads of the model.")
+    threads: Positive | Literal["auto"] = Field("auto", description="CPU threads of the model.")
 
 
 class LabelSettings(Settings):
