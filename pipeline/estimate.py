@@ -25,7 +25,7 @@ from pipeline.settings import LabelSettings
 from pipeline.tokenizer import Tokenizer
 
 WINDOW_REQUESTS = 16_384  # planned together, about what the labeller sees at once
-MAX_SLOTS = 256
+MAX_SLOTS = 512  # as the engine takes on a GPU
 _BAND_TOKENS = 256
 _DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -102,7 +102,7 @@ class Time:
 
 @dataclass(slots=True)
 class Estimate:
-    """The dry run's result; totals are scaled from the rows read to all rows."""
+    """The dry run's result: counts are of the rows read, hours and cost are scaled to all rows."""
 
     family: str
     fused: bool

@@ -109,7 +109,7 @@ def test_time_is_about_what_was_measured(monkeypatch: pytest.MonkeyPatch, folder
     """design.md section 7: 11 + 21.8 + 6.45 ms a row on an H100."""
     result, _ = run(monkeypatch, folder, max_rows=None)
     assert result.memory is not None
-    assert result.memory.slots == 256
+    assert result.memory.slots == 512
     assert result.memory.weights_gb == pytest.approx(16.6, rel=0.02)
     assert result.time is not None
     per_row = [
