@@ -36,11 +36,6 @@ class Matcher:
         """Whether the answer is complete: nothing may follow."""
         return bool(self._matcher.is_stopped())  # type: ignore[attr-defined]
 
-    @property
-    def complete(self) -> bool:
-        """Whether the JSON is whole and nothing may follow it."""
-        return bool(self._matcher.is_stopped())  # type: ignore[attr-defined]
-
     def accept(self, token: int) -> None:
         if not self._matcher.is_stopped():  # type: ignore[attr-defined]
             self._matcher.consume_token(token)  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ the tokenizer, no lane and no cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from pipeline.kernels.lanes import LENGTH, NUMERICAL, STOPPED
 from pipeline.rows import Completion
 from pipeline.tokenizer import Tokenizer
 
-TAIL_TOKENS = 32  # decoded again at each step to look for a stop string
+TAIL_TOKENS = 32  # at least so many are decoded again at each step to look for a stop string
 
 
 class Outcomes:
@@ -48,8 +49,6 @@ class Outcomes:
         sequence.output_ids.append(token)
         if sequence.grammar is not None:
             sequence.grammar.accept(token)
-            if sequence.grammar.complete:
-                return sequence.completion("stop")
             if sequence.grammar.ended:
                 return sequence.completion("stop")
         if sequence.request.sampling.stop and self._stops(sequence):
@@ -57,5 +56,15 @@ class Outcomes:
         return sequence.completion("length") if state == LENGTH else None
 
     def _stops(self, sequence: Sequence) -> bool:
-        text = self.tokenizer.decode(sequence.output_ids[-TAIL_TOKENS:])
-        return any(stop in text for stop in sequence.request.sampling.stop)
+        return ends_with_stop(self.tokenizer, sequence.output_ids, sequence.request.sampling.stop)
+
+
+def ends_with_stop(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> bool:
+    """Whether a stop string stands in the last tokens; one may take a token for each byte."""
+    text = tokenizer.decode(ids[-max(TAIL_TOKENS, *map(_max_tokens, stops)) :])
+    return any(stop in text for stop in stops)
+
+
+@lru_cache
+def _max_tokens(stop: str) -> int:
+    return len(stop.encode()) + 4

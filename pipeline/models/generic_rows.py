@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.guided import Matcher
-from pipeline.engine.outcome import TAIL_TOKENS
+from pipeline.engine.outcome import ends_with_stop
 from pipeline.engine.sampler import unpack
 from pipeline.errors import RowError
 from pipeline.kernels.sampling import cut, gumbel_noise, penalise
@@ -52,8 +52,7 @@ class BatchRow:
             self.finish_reason = "length"
 
     def _stops(self, tokenizer: Tokenizer) -> bool:
-        text = tokenizer.decode(self.output_ids[-TAIL_TOKENS:])
-        return any(stop in text for stop in self.request.sampling.stop)
+        return ends_with_stop(tokenizer, self.output_ids, self.request.sampling.stop)
 
     def completion(self, num_prompt_tokens: int) -> Completion:
         ids = () if self.error is not None else tuple(self.output_ids)

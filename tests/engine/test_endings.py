@@ -38,6 +38,17 @@ def test_ignore_eos(bench: Bench) -> None:
     assert {len(c.output_ids) for c in bench.run(requests).values()} == {12}
 
 
+def test_a_stop_string_of_many_tokens(bench: Bench) -> None:
+    plain = bench.run(questions(bench, rows=1, max_new_tokens=60, ignore_eos=True))
+    key, ids = next((k, c.output_ids) for k, c in plain.items())
+    stop = bench.tokenizer.decode(ids[4:50])
+    found = bench.run(questions(bench, rows=1, max_new_tokens=60, ignore_eos=True, stop=(stop,)))[
+        key
+    ]
+    assert found.finish_reason == "stop"
+    assert len(found.output_ids) <= 50
+
+
 def test_stop_string(bench: Bench) -> None:
     plain = bench.run(questions(bench, rows=2))
     for key, completion in plain.items():
