@@ -79,6 +79,7 @@ class Engine:
         self._mode = SamplerMode()
         self._fed = True  # more may come
         self._num_failed_steps = 0
+        self._step_lanes = sizes.num_slots  # at most in one step
         self._num_started = 0  # sequences since the last step
         self.draining = False
 
@@ -284,22 +285,25 @@ class Engine:
         longest = max(
             s.request.num_tokens + len(s.output_ids) + 2 + len(self._steps) for s in sequences
         )
-        try:
-            with self.timer.stage("decode"):
-                result = self.decoder.step(sequences, self._mode, longest)
-        except OUT_OF_MEMORY:
-            self._shrink()
-            return
+        for first in range(0, len(sequences), self._step_lanes):
+            part = sequences[first : first + self._step_lanes]
+            try:
+                with self.timer.stage("decode"):
+                    result = self.decoder.step(part, self._mode, longest)
+            except OUT_OF_MEMORY:
+                self._shrink(part)
+                return
+            self._push(list(enumerate(part)), result)
         self._num_failed_steps = 0
-        self._push(list(enumerate(sequences)), result)
         self.stats.num_steps += 1
         self.stats.num_lane_steps += self.slots.num_slots
+        self.stats.num_running_lane_steps += len(sequences)
         if self.scheduler.waiting:
             self.stats.num_busy_steps += 1
             self.stats.num_busy_lane_steps += len(sequences)
 
-    def _shrink(self) -> None:
-        """A step did not fit: it is run again, then without graphs; then the last row fails."""
+    def _shrink(self, part: list[Sequence]) -> None:
+        """A step did not fit: again, then without graphs, then by halves; a lone row fails."""
         self.stats.num_out_of_memory += 1
         self._num_failed_steps += 1
         if self.model.device.type == "cuda":
@@ -310,9 +314,12 @@ class Engine:
         if self.decoder.graphs:
             self.decoder.graphs = False
             return
-        lane = max(self.running)
-        sequence = self.running.pop(lane)
-        self.slots.give_back([lane])
+        if len(part) > 1:
+            self._step_lanes = len(part) // 2
+            return
+        sequence = part[0]
+        del self.running[sequence.lane]
+        self.slots.give_back([sequence.lane])
         sequence.finished = True
         self._reject(sequence, RowError("out_of_memory"))
 

@@ -29,6 +29,7 @@ class EngineStats:
     num_images: int = 0
     num_steps: int = 0
     num_lane_steps: int = 0  # steps x lanes offered
+    num_running_lane_steps: int = 0  # lanes that ran in them
     num_busy_steps: int = 0  # steps that were run while more work waited
     num_busy_lane_steps: int = 0  # lanes that ran in those
     num_output_tokens: int = 0
@@ -36,7 +37,7 @@ class EngineStats:
 
     def as_dict(self) -> dict[str, Any]:
         found = {name: getattr(self, name) for name in self.__slots__ if name != "seconds"}
-        full = self.num_output_tokens / self.num_lane_steps if self.num_lane_steps else 0.0
+        full = self.num_running_lane_steps / self.num_lane_steps if self.num_lane_steps else 0.0
         return found | {"slot_occupancy": full, "seconds": dict(self.seconds)}
 
 

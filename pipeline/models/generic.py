@@ -211,6 +211,7 @@ class GenericEngine:
         steps = max(len(row.output_ids) for row in rows)
         stats.num_steps += steps
         stats.num_lane_steps += steps * len(rows)
+        stats.num_running_lane_steps += sum(len(row.output_ids) for row in rows)
         stats.num_output_tokens += sum(len(row.output_ids) for row in rows)
 
 

@@ -59,9 +59,9 @@ class Repetition:
 
     @property
     def slot_occupancy(self) -> float:
-        """Of all slots in all steps: those that made a token."""
+        """Of all slots in all steps: those that ran. Prefills make the first tokens, no step."""
         steps = self.stats.get("engine.num_lane_steps", 0)
-        return self.stats.get("engine.num_output_tokens", 0) / steps if steps else 0.0
+        return self.stats.get("engine.num_running_lane_steps", 0) / steps if steps else 0.0
 
     @property
     def busy_occupancy(self) -> float | None:

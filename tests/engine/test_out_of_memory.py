@@ -55,6 +55,30 @@ def test_a_row_that_never_fits_fails_alone(folder: Path) -> None:
     assert all(found[k].output_ids == plain[k] for k in plain if k not in failed)
 
 
+def test_a_step_that_does_not_fit_is_run_in_parts(folder: Path) -> None:
+    bench = Bench.open(folder)
+    requests = questions(bench)
+    plain = outputs(bench.run(requests))
+    engine = bench.engine()
+    _inject(engine, "decode", lambda _, args: len(args[0]) > 3)
+    found = bench.run(requests, engine)
+    assert not [c.error for c in found.values() if c.error]
+    assert outputs(found) == plain
+
+
+def test_a_row_that_no_step_fits_fails_alone(folder: Path) -> None:
+    bench = Bench.open(folder)
+    requests = questions(bench)
+    plain = outputs(bench.run(requests))
+    bad = requests[2].key
+    assert len(plain[bad]) > 1, "it takes part in a step"
+    engine = bench.engine()
+    _inject(engine, "decode", lambda _, args: any(s.request.key == bad for s in args[0]))
+    found = bench.run(requests, engine)
+    assert [k for k, c in found.items() if c.error is not None] == [bad]
+    assert all(found[k].output_ids == plain[k] for k in plain if k != bad)
+
+
 def _inject(engine: Any, stage: str, when: Callable[[int, Any], bool]) -> None:
     model = engine.model
     if stage == "vision":
