@@ -86,8 +86,9 @@ def _notes() -> list[str]:
     notes = []
     if row := on_gpu("caption"):
         notes.append(
-            f"One {row['device']}, random Qwen2.5-VL-7B weights, {row['rows']} rows, medians of "
-            f"{len(row['seconds'])}, {row['date'][:10]}."
+            f"One {row['device']}, random Qwen2.5-VL-7B weights, {row['rows']} rows, "
+            f"{_repetitions()} timed repetitions a cell, {row['date'][:10]}. Rates are their "
+            "medians; ratios are medians over paired repetitions, not quotients of the columns."
         )
     if row := latest("check"):
         notes.append(
@@ -120,6 +121,13 @@ def _notes() -> list[str]:
             f"{row['worker_ms_an_image']:.1f} ms of a core an image."
         )
     return [f"- {note}" for note in notes]
+
+
+def _repetitions() -> str:
+    """How often the table's own cells were timed, from the least to the most."""
+    shown = [on_gpu(work, kind) for work in workloads.NAMES for kind in ("none", "fp8")]
+    counts = sorted({len(row["seconds"]) for row in shown if row})
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _deterministic_notes() -> list[str]:
