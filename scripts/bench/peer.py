@@ -19,7 +19,7 @@ from scripts.bench import results
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME = ("work", "rows", "device")
-ABOUT = ("version", "start_s", "slots", "prefill_tokens", "quantization")
+ABOUT = ("version", "date", "start_s", "slots", "prefill_tokens", "quantization")
 
 
 def run(name: str, model: str, path: str, options: list[str]) -> list[dict[str, Any]]:

@@ -114,6 +114,7 @@ def start_engine(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         "prefill_tokens": args.prefill_tokens,
         "quantization": args.quantization or "none",
         "device": results.gpu_name(),
+        "date": results.now(),
     }
     return engine, about
 

@@ -7,6 +7,7 @@ calls it.
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ KINDS = {
     "ocr": "ocr: pages 1275×1650, 600–1200 out",
     "prefix": "prefix: 2,083 shared tokens, 64 out",
 }
+ONE_SESSION = timedelta(hours=1)
 Row = dict[str, Any]
 
 
@@ -89,6 +91,7 @@ def _notes() -> list[str]:
             f"One {row['device']}, random Qwen2.5-VL-7B weights, {row['rows']} rows, "
             f"{_repetitions()} timed repetitions a cell, {row['date'][:10]}. Rates are their "
             "medians; ratios are medians over paired repetitions, not quotients of the columns."
+            + _apart(row)
         )
     if row := latest("check"):
         notes.append(
@@ -121,6 +124,15 @@ def _notes() -> list[str]:
             f"{row['worker_ms_an_image']:.1f} ms of a core an image."
         )
     return [f"- {note}" for note in notes]
+
+
+def _apart(row: Row) -> str:
+    """Whether vLLM had the card at another time than this row."""
+    theirs = (row.get("vllm") or {}).get("date", row["date"])
+    apart = abs(datetime.fromisoformat(row["date"]) - datetime.fromisoformat(theirs))
+    if apart < ONE_SESSION:
+        return ""
+    return f" vLLM had the same rows on such a card in another session ({theirs})."
 
 
 def _repetitions() -> str:

@@ -32,13 +32,17 @@ def surroundings(device: str, program: str = "scripts/bench.py") -> dict[str, An
     """Who measured: commit, date, machine, versions, command."""
     return {
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+        "date": now(),
         **_device(device),
         "python": platform.python_version(),
         "torch": _version("torch"),
         "transformers": _version("transformers"),
         "command": " ".join([program, *sys.argv[1:]]),
     }
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def commit() -> str:

@@ -5,7 +5,7 @@ On a GPU in bfloat16 and float8; on a CPU, whose attention is the library's, the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch
 
 from pipeline.kernels.backend import invariant, set_invariant
 from tests.engine.engine_bench import Bench, outputs, questions
+from tests.helpers.janus_checkpoint import write_janus
+from tests.helpers.llava_checkpoint import write_original
+from tests.helpers.pixtral_checkpoint import write_twin
 
 ARRANGEMENTS: list[dict[str, Any]] = [
     {},
@@ -22,6 +25,13 @@ ARRANGEMENTS: list[dict[str, Any]] = [
     {"share_images": False},
     {"share_images": False, "share_prefix": False, "prefill_tokens": 64},
 ]
+OTHERS: dict[str, Callable[[Path], Path]] = {
+    "llava-1.5": lambda folder: write_original(folder, "1.5"),
+    "llava-1.6": lambda folder: write_original(folder, "1.6"),
+    "onevision": lambda folder: write_original(folder, "onevision"),
+    "pixtral": write_twin,
+    "janus": write_janus,
+}
 DEVICES = [
     pytest.param(("cpu", "none"), id="cpu"),
     pytest.param(("cuda", "none"), id="cuda", marks=pytest.mark.gpu),
@@ -37,7 +47,17 @@ def _as_before() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", DEVICES)
 def test_same_bits_in_every_arrangement(folder: Path, kind: tuple[str, str]) -> None:
-    device, quantization = kind
+    check_bits(folder, *kind)
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("family", OTHERS)
+def test_same_bits_in_other_families(family: str, kind: tuple[str, str], tmp_path: Path) -> None:
+    check_bits(OTHERS[family](tmp_path / "model"), *kind)
+
+
+def check_bits(folder: Path, device: str, quantization: str) -> None:
+    """The first tokens' logits have the same bits on a GPU, and all texts are the same."""
     texts, bits = [], []
     for arrangement in ARRANGEMENTS:
         bench = Bench.open(folder, device=device, deterministic=True, **arrangement)

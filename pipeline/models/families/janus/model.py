@@ -58,6 +58,8 @@ def decoder_config(config: Mapping[str, Any], tied: bool) -> DecoderConfig:
 class Janus(Model):
     """A Janus-Pro checkpoint on one device."""
 
+    invariant = True
+
     def __init__(
         self,
         family: spec.Janus,

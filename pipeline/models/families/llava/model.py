@@ -102,6 +102,8 @@ def _names(config: LlavaConfig) -> list[str]:
 class Llava(Model):
     """A LLaVA checkpoint on one device."""
 
+    invariant = True
+
     def __init__(
         self,
         family: LlavaFamily,

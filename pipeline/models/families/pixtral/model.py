@@ -72,6 +72,8 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
 class Pixtral(Model):
     """A Pixtral checkpoint on one device."""
 
+    invariant = True
+
     def __init__(
         self,
         family: spec.Pixtral,
