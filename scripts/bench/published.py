@@ -62,12 +62,12 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     from pipeline.models.checkpoint import Checkpoint
     from pipeline.models.registry import family_for
     from pipeline.settings import ModelSettings
-    from scripts.bench.random_weights import RandomWeights
+    from scripts.bench.random_weights import RandomWeights, is_tied
 
     settings = ModelSettings(id=str(folder))
     checkpoint = Checkpoint.open(settings)
     family = family_for(checkpoint, settings)
-    weights = RandomWeights("meta", torch.bfloat16)
+    weights = RandomWeights("meta", torch.bfloat16, tied=is_tied(checkpoint.config))
     model: Any = importlib.import_module(type(family).__module__.rpartition(".")[0] + ".model")
     with torch.inference_mode():
         model.build(checkpoint, family, weights)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -16,18 +17,26 @@ from pipeline.models.loading import WEIGHTS, Rename, Weights
 
 
 class RandomWeights(Weights):
-    """Every tensor that is asked for, in the order of asking; on `meta`, shapes alone."""
+    """Every tensor that is asked for, in the order of asking; on `meta`, shapes alone.
+
+    A `tied` model has no head of its own.
+    """
 
     def __init__(
-        self, device: torch.device | str, dtype: torch.dtype, float8: bool = False
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        float8: bool = False,
+        tied: bool = False,
     ) -> None:
         self.device, self.dtype, self.float8 = torch.device(device), dtype, float8
+        self.tied = tied
         self.taken: dict[str, tuple[int, ...]] = {}
         if self.device.type != "meta":
             self._generator = torch.Generator(self.device).manual_seed(0)
 
     def has(self, name: str) -> bool:
-        return True
+        return not (self.tied and name == "lm_head.weight")
 
     def take(
         self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None
@@ -59,6 +68,13 @@ def random_tensor(
     return values.add_(1) if len(shape) == 1 and name.endswith("weight") else values
 
 
+def is_tied(config: dict[str, Any]) -> bool:
+    """Whether a published config shares the head with the embedding; Gemma's need not say so."""
+    text = config.get("text_config") or config.get("language_config") or {}
+    unsaid = str(config.get("model_type")).startswith("gemma")
+    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", unsaid)))
+
+
 @contextmanager
 def installed() -> Iterator[None]:
     """Within it, every model that is loaded gets random weights."""
@@ -70,10 +86,10 @@ def installed() -> Iterator[None]:
 
 
 def _open(
-    _checkpoint: Checkpoint,
+    checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
     _rename: Rename,
     float8: bool,
 ) -> Weights:
-    return RandomWeights(device, dtype, float8)
+    return RandomWeights(device, dtype, float8, is_tied(checkpoint.config))
