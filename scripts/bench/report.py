@@ -116,6 +116,7 @@ def _notes() -> list[str]:
     notes += _deterministic_notes()
     if row := on_gpu("caption", model="random 3b"):
         notes.append(f"3B shapes: {_rate(row)} captions a second.")
+    notes += _family_notes()
     notes += _fp8_notes()
     if row := latest("feeder"):
         notes.append(
@@ -150,6 +151,21 @@ def _deterministic_notes() -> list[str]:
             kept = row["rows_per_s"]["p50"] / plain["rows_per_s"]["p50"]
             notes.append(f"`engine.deterministic: true` keeps {kept:.0%} of the rate of {work}.")
     return notes
+
+
+def _family_notes() -> list[str]:
+    """Captions a second of other families at published sizes."""
+    shapes = {row["model"].removeprefix("random ") for row in _rows() if "model" in row}
+    names = sorted(f"caption/{shape}" for shape in shapes)
+    rows = [row for name in names if (row := latest(name))]
+    if not rows:
+        return []
+    rates = (f"{r['model'][7:]} {_rate(r)} ({r['share_of_peak']:.0%})" for r in rows)
+    counts = sorted({row["rows"] for row in rows})
+    return [
+        f"Other families at published sizes, random weights, bf16, captions a second (of the bf16 "
+        f"limit), one repetition of {counts[0]} rows: {', '.join(rates)}."
+    ]
 
 
 def _fp8_notes() -> list[str]:
