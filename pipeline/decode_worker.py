@@ -22,7 +22,7 @@ from PIL import Image
 
 from pipeline.audio import read_samples
 from pipeline.errors import EngineError, RowError
-from pipeline.images import decode_image
+from pipeline.images import Transparency, decode_image
 from pipeline.video import Limits, read_frames
 
 READY = -1  # the number of the first message: the process can take tasks
@@ -48,6 +48,7 @@ class Task(NamedTuple):
     timeout_sec: float = 0.0
     num_samples: int = 0  # of a recording
     views: Sequence[Sequence[Any]] = ()  # (height, width, filter) of each frame's pictures
+    transparency: Transparency = "white"  # how an image's is read; frames have none
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,7 +79,8 @@ def decode_into(out: np.ndarray, task: Task, max_pixels: int) -> None:
         np.copyto(out, read_samples(data, task.num_samples).view(np.uint8).reshape(-1, 4))
         return
     if not task.frames:
-        np.copyto(out, np.asarray(_sized(decode_image(data, max_pixels), task)))
+        image = decode_image(data, max_pixels, task.transparency)
+        np.copyto(out, np.asarray(_sized(image, task)))
         return
     limits = Limits(max_pixels, math.inf, task.timeout_sec)
     places: dict[int, list[int]] = {}

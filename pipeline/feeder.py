@@ -20,6 +20,7 @@ from pipeline.arena import Arena, Room
 from pipeline.decode_pool import DecodePool
 from pipeline.decode_worker import Task, decode_into
 from pipeline.errors import EngineError, RowError
+from pipeline.images import Transparency
 from pipeline.rows import Group, PlacedImage, Prefix
 
 SHARED_BYTES = 768 << 20  # of decoded images, for those who have no wish of their own
@@ -81,11 +82,12 @@ class Feeder:
 
     def __init__(
         self, workers: int, max_bytes: int, max_pixels: int, resize: bool,
-        video_timeout_sec: float = 60.0,
+        video_timeout_sec: float = 60.0, transparency: Transparency = "white",
     ) -> None:  # fmt: skip
         self.max_pixels = max_pixels
         self.resize = resize
         self.video_timeout_sec = video_timeout_sec
+        self.transparency = transparency
         self.arena = Arena(max_bytes) if workers else None
         self.pool = DecodePool(workers, max_pixels, self.arena.path) if self.arena else None
 
@@ -144,6 +146,7 @@ class Feeder:
             views=layout.packed,
             num_samples=layout.sound.num_samples if layout.sound else 0,
             timeout_sec=self.video_timeout_sec,
+            transparency=self.transparency,
         )
 
 

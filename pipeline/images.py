@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -28,6 +28,8 @@ from pipeline.stores import read_whole
 if TYPE_CHECKING:
     from pipeline.rows import ImageRef
     from pipeline.settings import InputSettings
+
+Transparency = Literal["white", "drop"]  # set on white; alpha left away
 
 # What a row may name besides local files. Chained addresses (a::b) are refused, and http only
 # goes through `urls`, so that no row can reach a protocol that the limits do not cover.
@@ -61,18 +63,18 @@ def probe(data: bytes, max_pixels: int) -> tuple[int, int]:
     return header.size
 
 
-def decode(data: bytes, max_pixels: int) -> np.ndarray:
+def decode(data: bytes, max_pixels: int, transparency: Transparency = "white") -> np.ndarray:
     """uint8 RGB [height, width, 3] of the first frame, turned as EXIF says."""
-    return np.array(decode_image(data, max_pixels))
+    return np.array(decode_image(data, max_pixels, transparency))
 
 
-def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int, transparency: Transparency = "white") -> Image.Image:
     """As `decode`, as a Pillow image of mode RGB."""
     header = read_header(data)
     _check_pixels(header, max_pixels)
     with _quiet_pillow():
         try:
-            image = _open(data, header)
+            image = _open(data, header, transparency)
         except RowError:
             raise
         except MemoryError:
@@ -84,22 +86,37 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _open(data: bytes, header: ImageHeader) -> Image.Image:
+def _open(data: bytes, header: ImageHeader, transparency: Transparency) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=(header.format,)) as opened:
         opened.load()
-        image = _to_rgb(opened)
+        image = _to_rgb(opened, transparency)
     if header.format != "TIFF" and header.orientation in _TRANSPOSE:  # Pillow turns TIFF itself
         image = image.transpose(_TRANSPOSE[header.orientation])
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:
     """Pillow's `convert("RGB")`; 16-bit grey keeps its upper byte, since Pillow would clip it."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise RowError("unsupported_format", "Images with 32 bits a sample are unsupported.")
+    if transparency == "white" and _may_be_transparent(image):
+        return _on_white(image if image.mode == "RGBA" else image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _may_be_transparent(image: Image.Image) -> bool:
+    """Whether there is an alpha band, or a colour or palette entries are named transparent."""
+    return "A" in image.getbands() or image.info.get("transparency") is not None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB of an RGBA image; most are opaque, and then its colours are the answer already."""
+    if image.getchannel("A").getextrema() != (255, 255):
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def _check_pixels(header: ImageHeader, max_pixels: int) -> None:

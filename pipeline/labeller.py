@@ -55,6 +55,7 @@ class Labeller:
             workers, SHARED_BYTES, settings.input.max_pixels,
             resize=on_cpu or not self.family.fused,
             video_timeout_sec=settings.input.video_timeout_sec,
+            transparency=self.family.transparency,
         )  # fmt: skip
         set_threads(settings.engine, workers)
         if self.family.fused:

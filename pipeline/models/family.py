@@ -22,6 +22,7 @@ from pipeline.settings import LabelSettings, VideoSettings
 from pipeline.templates.render import Control, Piece, Template, render
 
 if TYPE_CHECKING:
+    from pipeline.images import Transparency
     from pipeline.tokenizer import Tokenizer
 
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -98,6 +99,7 @@ class Family(ABC):
     template: Template
     sizes: ModelSizes = ModelSizes()
     pans_and_scans: bool = False  # heeds model.pan_and_scan
+    transparency: Transparency = "white"  # as transformers; "drop" where official code does
     images_reach_back: bool = False  # tokens before an image depend on it, on all of a prompt's
 
     @property

@@ -26,7 +26,7 @@ FRAGILE_BOOT = helper_process._BOOT.replace(
 import os, time
 from pipeline import decode_worker
 plain = decode_worker.decode_image
-def decode_image(data, max_pixels):
+def decode_image(data, *rest):
     if data.endswith(b"deadly"):
         os.kill(os.getpid(), 9)
     if data.endswith(b"slow"):
@@ -38,7 +38,7 @@ def decode_image(data, max_pixels):
             os.kill(os.getpid(), 9)
     if data.endswith(b"stuck"):
         time.sleep(1000)
-    return plain(data, max_pixels)
+    return plain(data, *rest)
 decode_worker.decode_image = decode_image
 main(""",
     1,

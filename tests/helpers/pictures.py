@@ -45,6 +45,31 @@ def jpeg(width: int = 64, height: int = 48, seed: int = 0, orientation: int = 0)
     return encode(picture(width, height, seed=seed), "JPEG", orientation)
 
 
+def transparent_files() -> dict[str, bytes]:
+    """Files of one size whose transparency stands in a band, a palette or a named colour."""
+    values = np.random.default_rng(7).integers(0, 256, (43, 61, 4), dtype=np.uint8)
+    values[10:30, 15:45] = 30, 60, 90, 0
+    noise = Image.fromarray(values)
+    colours, grey = noise.convert("RGB"), noise.convert("L")
+    palette, bits = colours.convert("P"), grey.convert("1", dither=Image.Dither.NONE)
+
+    def named(image: Image.Image) -> bytes:
+        return encode(image, "PNG", transparency=image.getpixel((30, 20)))
+
+    return {
+        "RGBA": encode(noise, "PNG"),
+        "LA": encode(noise.convert("LA"), "PNG"),
+        "P, an alpha each": encode(palette, "PNG", transparency=bytes(range(256))),
+        "P, one entry": named(palette),
+        "L, one grey": named(grey),
+        "RGB, one colour": named(colours),
+        "1, black": named(bits),
+        "GIF": encode(palette, "GIF", transparency=palette.getpixel((30, 20))),
+        "WebP": encode(noise, "WEBP", lossless=True, exact=True),
+        "TIFF": encode(noise, "TIFF"),
+    }
+
+
 def official(data: bytes) -> np.ndarray:
     """The pixels as transformers' `load_image` gives them."""
     with warnings.catch_warnings():

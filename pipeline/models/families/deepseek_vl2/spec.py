@@ -86,6 +86,7 @@ class DeepseekVL2(Family):
     name = "deepseek-vl2"
     templates = ("deepseek-vl2",)
     template = deepseek_vl2.TEMPLATE
+    transparency = "drop"
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
         config = checkpoint.config

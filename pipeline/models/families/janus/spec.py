@@ -118,6 +118,7 @@ class Janus(Family):
 
     name = "janus"
     templates = ("janus-pro",)
+    transparency = "drop"
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
         if settings.min_pixels is not None or settings.max_pixels is not None:

@@ -91,6 +91,7 @@ class KimiVL(Family):
     name = "kimi-vl"
     templates = ("kimi-vl",)
     template = kimi_vl.TEMPLATE
+    transparency = "drop"
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
         config = checkpoint.config

@@ -101,6 +101,7 @@ class MiniCPM(Family):
     takes = frozenset({"image", "video"})
     templates = ("minicpmv",)
     template = minicpmv.TEMPLATE
+    transparency = "drop"
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
         config = checkpoint.config
