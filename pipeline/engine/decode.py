@@ -148,6 +148,12 @@ class Decoder:
         captured.graph.replay()
         return captured.result
 
+    def drop_graphs(self) -> None:
+        """Run without graphs from now on, and give back what they held."""
+        self.graphs = False
+        self._captured.clear()
+        self._pool = None
+
     def _run(
         self, rows: Tensor, mode: SamplerMode, longest: int, shared: SharedReads | None = None
     ) -> Tensor:

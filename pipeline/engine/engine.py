@@ -312,7 +312,7 @@ class Engine:
         if self._num_failed_steps == 1:
             return
         if self.decoder.graphs:
-            self.decoder.graphs = False
+            self.decoder.drop_graphs()
             return
         if len(part) > 1:
             self._step_lanes = len(part) // 2

@@ -19,6 +19,7 @@ from pipeline.settings import EngineSettings
 GIB = 1 << 30
 CPU_CACHE_BYTES = 2 * GIB
 CUDA_CONTEXT_BYTES = 1 * GIB  # library workspaces and captured graphs
+LOGIT_BYTES = 40  # of a lane's logit in a sampled step: noise of 64 bits, the sort and its order
 TYPICAL_SEQUENCE = 1280  # tokens; only bounds the number of lanes
 TYPICAL_TEXT = 320  # tokens of a sequence whose images are states, not tokens
 TYPICAL_IMAGE = (1024, 768)
@@ -67,7 +68,7 @@ def activation_bytes(model: Model, prefill_tokens: int, num_slots: int) -> int:
     prefill = prefill_tokens * per_token * model.dtype.itemsize
     # NOTE: four patches a token, a tower as wide as half the decoder, images of 8 bytes a value.
     vision = prefill_tokens * 4 * 3 * c.hidden_size * model.dtype.itemsize
-    logits = 4 * num_slots * c.vocab_size * 4
+    logits = LOGIT_BYTES * num_slots * c.vocab_size
     return prefill + vision + logits
 
 
