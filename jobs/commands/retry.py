@@ -23,5 +23,6 @@ def command(path: str, codes: tuple[str, ...], dry_run: bool, as_json: bool) -> 
     result = {"shards": found.shards, "answers": dict(found.answers), "planned": not dry_run}
     counts = ", ".join(f"{count} {code}" for code, count in found.answers.most_common())
     then = "" if dry_run or not found.shards else "; run the job again to do them"
-    text = f"{counts} in {len(found.shards)} shards{then}" if found.shards else "nothing failed so"
+    shards = f"{len(found.shards)} shard{'s' * (len(found.shards) != 1)}"
+    text = f"{counts} in {shards}{then}" if found.shards else "nothing failed so"
     emit(result, text, as_json)

@@ -48,8 +48,14 @@ def _lines(row: dict[str, Any]) -> str:
         if value is None:
             continue
         cut = "  (cut at max_new_tokens)" if _reason(meta, name) == "length" else ""
-        lines.append(f"  {name}: {value}{cut}")
+        lines.append(f"  {name}: {_text(value)}{cut}")
     return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
 
 
 def _reason(meta: dict[str, Any], name: str) -> str | None:
