@@ -12,19 +12,28 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.slots import Slots
+from pipeline.kernels.backend import next_power_of_2
 from pipeline.kernels.lanes import RUNNING
-from pipeline.kernels.sampling import cut, gumbel_noise, penalise
+from pipeline.kernels.sampling import cut, gumbel_noise, kept, likeliest, penalise
 from pipeline.rows import Request
+
+WHOLE = 1 << 30  # no lane has fewer candidates than the vocabulary
+LARGEST_TOP_K = 480  # that is worth taking the candidates first
+TIES = 32  # room for tokens as likely as the last of the top k
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerMode:
-    """Which parts any of the lanes needs; a CUDA graph is captured for each mode in use."""
+    """Which parts any of the lanes needs; a CUDA graph is captured for each mode in use.
+
+    `candidates` is how many tokens a draw has to look at: all lanes that draw name a top k.
+    """
 
     penalty: bool = False
     guided: bool = False
     random: bool = False
     cuts: bool = False
+    candidates: int = 0
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> SamplerMode:
@@ -37,6 +46,7 @@ class SamplerMode:
                 mode.guided or request.schema is not None,
                 mode.random or random,
                 mode.cuts or (random and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)),
+                max(mode.candidates, _candidates(p.top_k) if random else 0),
             )
         return mode
 
@@ -46,7 +56,12 @@ class SamplerMode:
             self.guided or other.guided,
             self.random or other.random,
             self.cuts or other.cuts,
+            max(self.candidates, other.candidates),
         )
+
+
+def _candidates(top_k: int) -> int:
+    return next_power_of_2(top_k + TIES) if 0 < top_k <= LARGEST_TOP_K else WHOLE
 
 
 GREEDY = SamplerMode()
@@ -73,15 +88,27 @@ def sample(logits: Tensor, slots: Slots, rows: Tensor, mode: SamplerMode) -> tup
         temperature = slots.temperature[rows]
         cold = temperature <= 0
         warm = logits / torch.where(cold, 1.0, temperature)[:, None]
-        if mode.cuts:
-            warm = cut(warm, slots.top_k[rows], slots.top_p[rows], slots.min_p[rows])
-        noise = gumbel_noise(slots.seeds[rows], slots.generated[rows], logits.shape[1])
-        tokens = torch.where(cold, tokens, (warm + noise).argmax(-1))
+        tokens = torch.where(cold, tokens, _draw(warm, slots, rows, mode))
     if mode.penalty:
         assert slots.seen is not None
         running = (slots.status[rows] == RUNNING) & valid
         slots.seen[rows, tokens] = slots.seen[rows, tokens] | running
     return tokens, valid
+
+
+def _draw(logits: Tensor, slots: Slots, rows: Tensor, mode: SamplerMode) -> Tensor:
+    """One token of each row by its likelihood: the largest logit with the row's noise added."""
+    cuts = slots.top_k[rows], slots.top_p[rows], slots.min_p[rows]
+    seeds, steps = slots.seeds[rows], slots.generated[rows]
+    if mode.candidates < logits.shape[1]:
+        logits, tokens = likeliest(logits, mode.candidates)
+        logits = logits.masked_fill(~kept(logits, *cuts), float("-inf"))
+        drawn = (logits + gumbel_noise(seeds, steps, tokens)).argmax(-1, keepdim=True)
+        return tokens.gather(1, drawn)[:, 0]
+    if mode.cuts:
+        logits = cut(logits, *cuts)
+    tokens = torch.arange(logits.shape[1], device=logits.device)[None]
+    return (logits + gumbel_noise(seeds, steps, tokens)).argmax(-1)
 
 
 def unpack(bits: Tensor, width: int) -> Tensor:

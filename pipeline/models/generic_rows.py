@@ -96,7 +96,8 @@ class RowSampler:
         if self.cuts:
             warm = cut(warm, self.top_k, self.top_p, self.min_p)
         steps = torch.full_like(self.seeds, step)
-        warm = warm + gumbel_noise(self.seeds, steps, logits.shape[1])
+        tokens = torch.arange(logits.shape[1], device=logits.device)[None]
+        warm = warm + gumbel_noise(self.seeds, steps, tokens)
         return torch.where(cold[:, None], logits, warm)
 
     def _penalised(self, logits: Tensor, input_ids: Tensor, step: int) -> Tensor:

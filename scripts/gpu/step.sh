@@ -17,7 +17,7 @@ bench() { # FILE ARGUMENTS…: rows go to $OUT/FILE at once, and are kept for la
 
 tests() { # parity on the device
   timeout 60 python3 -m pytest -q -p no:cacheprovider tests/kernels/test_fused_kernels.py 2>&1 | tee "$OUT/kernels.log"
-  timeout 300 python3 -m pytest -q -m gpu -n 8 --dist loadfile --timeout 300 -p no:cacheprovider tests 2>&1 | tee "$OUT/tests.log"
+  timeout 300 python3 -m pytest -q -m gpu -n 8 --dist loadfile --timeout 300 -p no:cacheprovider $(grep -rl "mark.gpu" tests) 2>&1 | tee "$OUT/tests.log"
 }
 smoke() { # half a minute: everything starts, nothing is recorded for keeps
   bench smoke.jsonl --shape 7b --work caption:1 --rows 96 --roofline --name smoke
