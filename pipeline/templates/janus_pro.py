@@ -28,6 +28,7 @@ TEMPLATE = Template(
     image="<begin_of_image>{image}<end_of_image>",
     after_image="\n",
     between_images="\n",
+    blank_system=False,
     strip=True,
     stop=("<｜end▁of▁sentence｜>",),
 )

@@ -26,5 +26,6 @@ TEMPLATE = Template(
     before_image="\n",
     after_image="\n",
     between_images="\n",
+    between_texts="\n",
     stop=("<|im_end|>", "<|endoftext|>"),
 )

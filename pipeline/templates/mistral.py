@@ -36,6 +36,7 @@ LLAVA = Template(
     between_images="\n",
     system_start="<<SYS>>\n",
     system_separator="\n<</SYS>>\n\n",
+    blank_system=False,
     alternate=True,
     stop=("</s>",),
 )

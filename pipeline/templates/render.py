@@ -49,8 +49,10 @@ class Template:
     before_image: str = ""  # between text and an image that follows it
     after_image: str = ""  # between an image and text that follows it
     between_images: str = ""
+    between_texts: str = ""
     system_start: str = ""  # before and after the system text, where `system` is None
     system_separator: str = "\n\n"
+    blank_system: bool = True  # an empty system text has its frame all the same
     strip: bool = False  # contents lose outer blanks
     strip_each: bool = False  # each text of a turn loses outer blanks, the system text none
     stop: tuple[str, ...] = ()  # tokens that end an answer
@@ -92,7 +94,8 @@ def _take_system(
     template: Template, turns: Sequence[Turn]
 ) -> tuple[tuple[str | int, ...] | None, Sequence[Turn]]:
     if turns and turns[0].role == "system":
-        return turns[0].parts, turns[1:]
+        said = template.blank_system or any(part != "" for part in turns[0].parts)
+        return (turns[0].parts if said else None), turns[1:]
     default = template.default_system
     return (None if default is None else (default,)), turns
 
@@ -141,11 +144,18 @@ def _turn(template: Template, frame: str, parts: Sequence[str | int]) -> Iterato
 
 
 def _stripped(parts: Sequence[str | int]) -> Sequence[str | int]:
+    """`parts` as their whole text would be: blanks alone at an end bring no joint."""
     cut = list(parts)
-    if cut and isinstance(cut[0], str):
+    while cut and isinstance(cut[0], str):
         cut[0] = cut[0].lstrip()
-    if cut and isinstance(cut[-1], str):
+        if cut[0]:
+            break
+        del cut[0]
+    while cut and isinstance(cut[-1], str):
         cut[-1] = cut[-1].rstrip()
+        if cut[-1]:
+            break
+        del cut[-1]
     return cut
 
 
@@ -172,7 +182,7 @@ def _joint(template: Template, one: str | int, other: str | int) -> str:
     """What the template writes between two parts."""
     if isinstance(one, int):
         return template.between_images if isinstance(other, int) else template.after_image
-    return template.before_image if isinstance(other, int) else ""
+    return template.before_image if isinstance(other, int) else template.between_texts
 
 
 def _merged(pieces: Sequence[Piece]) -> tuple[Piece, ...]:

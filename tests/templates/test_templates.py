@@ -9,6 +9,7 @@ import pytest
 from pipeline.errors import RowError
 from pipeline.rows import Turn
 from pipeline.templates import NAMES, Control, Piece, render, template
+from pipeline.templates.mistral import LLAVA
 
 JANUS = (
     "You are a helpful language and vision assistant. You are able to understand the visual"
@@ -133,6 +134,31 @@ def test_contents_lose_outer_blanks_where_the_template_strips() -> None:
     turn = Turn("user", ("  a ", 0, " b\n"))
     assert "user\na\n\n<start_of_image>«0»<end_of_image>\n\nb<end" in rendered("gemma-it", turn)
     assert "user\n  a <|vision_start|>" in rendered("qwen2-vl", turn)
+
+
+def test_a_content_of_one_image_and_blanks_ends_with_the_image() -> None:
+    """As where the official code writes the whole text, then strips it."""
+    for name in ("janus-pro", "deepseek-vl2"):
+        plain = rendered(name, Turn("user", (0,)))
+        assert rendered(name, Turn("user", (" ", 0, "\n "))) == plain
+        assert "\n\n\n" not in plain
+
+
+def test_texts_side_by_side() -> None:
+    """MiniCPM's own `chat` joins all parts of a turn by line breaks; Jinja templates by nothing."""
+    turns = (Turn("system", ("s", "t")), Turn("user", ("a", "b", 0)))
+    assert "system\ns\nt<|im_end|>\n<|im_start|>user\na\nb\n«0»<" in rendered("minicpmv", *turns)
+    assert "user\na\nb<|im_end|>" in rendered("minicpmo", Turn("user", ("a", "b")))
+    assert "system\nst<|im_end|>\n<|im_start|>user\nab<|vision" in rendered("qwen2-vl", *turns)
+
+
+def test_an_empty_system_text() -> None:
+    """It takes the default's place; two templates then leave its frame out, as official code."""
+    turns = (Turn("system", ("",)), Turn("user", ("Q",)))
+    assert rendered("qwen2-vl", *turns).startswith("<|im_start|>system\n<|im_end|>\n")
+    assert rendered("janus-pro", *turns).startswith("<｜begin▁of▁sentence｜><|User|>: Q")
+    assert written(render(LLAVA, turns)) == "<s>[INST] Q [/INST]"
+    assert rendered("vicuna_v1.1", *turns) == "<s> USER: Q ASSISTANT:"
 
 
 @pytest.mark.parametrize(
