@@ -21,11 +21,13 @@ from pipeline.prefetch import ImageLoader
 from pipeline.prepare import Preparer, Unstored
 from pipeline.prompts import prompt_columns
 from pipeline.rows import Answer, Group, ImageLayout, Request, Row
-from pipeline.settings import LabelSettings
+from pipeline.settings import EngineSettings, LabelSettings
 from pipeline.tokenizer import Tokenizer
 
 WINDOW_REQUESTS = 16_384  # planned together, about what the labeller sees at once
 MAX_SLOTS = 512  # as the engine takes on a GPU
+WORKSPACE_BYTES = 2_000_000_000  # libraries, captured graphs, a small prefill's activations
+SMALL_CACHE = 8_192  # tokens, for the least card
 _BAND_TOKENS = 256
 _DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -200,6 +202,17 @@ def estimate(
     return result
 
 
+def least_card_gb(sizes: ModelSizes, num_states: int = 0, float8: bool = False) -> float:
+    """GB of the smallest card that runs the model in bfloat16, or with its decoder in float8.
+
+    That is with the default memory_fraction and a cache of `SMALL_CACHE` tokens, beside them the
+    `num_states` of an image that layers attend to.
+    """
+    kept = SMALL_CACHE * sizes.kv_values_per_token + num_states * sizes.values_per_state
+    share = EngineSettings().memory_fraction
+    return (sizes.num_bytes(2, float8) + WORKSPACE_BYTES + 2 * kept) / share / 1e9
+
+
 def _read(settings: LabelSettings) -> tuple[int, Iterator[Row]]:
     from pipeline.sources import open_source
 
@@ -304,7 +317,7 @@ def _add_cost(
     value_bytes = _DTYPE_BYTES[model.dtype]
     weights = sizes.num_bytes(value_bytes, model.quantization == "fp8")
     share = 1e9 * settings.engine.memory_fraction
-    usable = card.memory_gb * share - weights
+    usable = card.memory_gb * share - weights - WORKSPACE_BYTES
     row_bytes = work.largest * value_bytes
     slots = max(0, min(MAX_SLOTS, int(usable // max(row_bytes, 1))))
     result.memory = Memory(
@@ -314,8 +327,8 @@ def _add_cost(
         kv_gb_per_row=row_bytes / 1e9,
         slots=slots,
         fits=slots > 0,
-        needed_gb=(weights + row_bytes) / share,
-        needed_fp8_gb=(sizes.num_bytes(value_bytes, True) + row_bytes) / share,
+        needed_gb=(weights + WORKSPACE_BYTES + row_bytes) / share,
+        needed_fp8_gb=(sizes.num_bytes(value_bytes, True) + WORKSPACE_BYTES + row_bytes) / share,
     )
     if slots and result.fused:
         scale = result.rows / result.rows_read / 3600

@@ -1,4 +1,4 @@
-"""`vlm-batch models`: which model families run fused, and under which template names."""
+"""`vlm-batch models`: model families, their templates and inputs, and the memory they need."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import click
 
 from jobs.commands.common import emit, json_option, table
 
+NEEDED = (
+    "weights: on the device, in bfloat16 or with model.quantization fp8; needed: the least card,"
+    " with room\nfor a cache of 8,192 tokens. `vlm-batch plan CONFIG` counts the job's own model"
+    " and rows."
+)
+
 
 @click.command()
 @json_option
 def command(as_json: bool) -> None:
-    """List the model families and their chat templates."""
+    """List the model families: chat templates, inputs, and the memory that their examples need."""
     from pipeline.models.registry import list_families
 
     families = [_as_dict(family) for family in list_families()]
     header = tuple(families[0]) if families else ()
     rows = [tuple(_flat(value) for value in family.values()) for family in families]
-    emit(families, table(rows, header), as_json)
+    emit(families, f"{table(rows, header)}\n\n{NEEDED}", as_json)
 
 
 def _as_dict(family: Any) -> dict[str, Any]:

@@ -16,14 +16,27 @@ from pipeline.settings import ModelSettings
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """What an example needs, in GB: its weights on the device, and the least card that runs it.
+
+    Those are `ModelSizes.num_bytes` and `estimate.least_card_gb`; a test holds them together.
+    """
+
+    weights_gb: float  # in bfloat16
+    weights_fp8_gb: float  # with model.quantization fp8
+    needed_gb: float
+    needed_fp8_gb: float
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One family of the table; `weights_gb` is what the example takes of the device in bfloat16."""
+    """One family of the table."""
 
     name: str
     spec: str
     example: str
     templates: tuple[str, ...]
-    weights_gb: float | None
+    memory: Memory | None
     takes: tuple[str, ...] = ("image",)
     fused: bool = True
 
@@ -33,7 +46,7 @@ _GENERIC = Entry(
     spec="pipeline.models.families.generic.spec",
     example="any image-text-to-text model of transformers",
     templates=("auto",),
-    weights_gb=None,
+    memory=None,
     fused=False,
 )
 FAMILIES = (
@@ -42,7 +55,7 @@ FAMILIES = (
         spec="pipeline.models.families.qwen_vl.spec",
         example="Qwen/Qwen2.5-VL-7B-Instruct",
         templates=("qwen2-vl",),
-        weights_gb=16.6,
+        memory=Memory(16.6, 10.1, 21.2, 13.9),
         takes=("image", "video"),
     ),
     Entry(
@@ -50,42 +63,42 @@ FAMILIES = (
         spec="pipeline.models.families.gemma3.spec",
         example="google/gemma-3-4b-it",
         templates=("gemma-it",),
-        weights_gb=8.6,
+        memory=Memory(8.6, 5.4, 13.0, 9.5),
     ),
     Entry(
         name="mllama",
         spec="pipeline.models.families.mllama.spec",
         example="meta-llama/Llama-3.2-11B-Vision-Instruct",
         templates=("llama_3_vision",),
-        weights_gb=21.3,
+        memory=Memory(21.3, 12.6, 27.4, 17.7),
     ),
     Entry(
         name="janus",
         spec="pipeline.models.families.janus.spec",
         example="deepseek-ai/Janus-Pro-7B",
         templates=("janus-pro",),
-        weights_gb=14.5,
+        memory=Memory(14.5, 8.4, 22.8, 16.0),
     ),
     Entry(
         name="deepseek-vl2",
         spec="pipeline.models.families.deepseek_vl2.spec",
         example="deepseek-ai/deepseek-vl2",
         templates=("deepseek-vl2",),
-        weights_gb=54.9,
+        memory=Memory(54.9, 28.6, 63.6, 34.3),
     ),
     Entry(
         name="kimi-vl",
         spec="pipeline.models.families.kimi_vl.spec",
         example="moonshotai/Kimi-VL-A3B-Instruct",
         templates=("kimi-vl",),
-        weights_gb=32.8,
+        memory=Memory(32.8, 17.5, 39.0, 22.0),
     ),
     Entry(
         name="minicpm-v",
         spec="pipeline.models.families.minicpm.spec",
         example="openbmb/MiniCPM-V-2_6",
         templates=("minicpmv",),
-        weights_gb=16.2,
+        memory=Memory(16.2, 9.7, 20.7, 13.5),
         takes=("image", "video"),
     ),
     Entry(
@@ -93,7 +106,7 @@ FAMILIES = (
         spec="pipeline.models.families.minicpm_o.spec",
         example="openbmb/MiniCPM-o-2_6",
         templates=("minicpmo",),
-        weights_gb=16.8,
+        memory=Memory(16.8, 10.3, 21.4, 14.2),
         takes=("image", "video", "audio"),
     ),
     Entry(
@@ -101,35 +114,35 @@ FAMILIES = (
         spec="pipeline.models.families.smolvlm.spec",
         example="HuggingFaceTB/SmolVLM2-2.2B-Instruct",
         templates=("smolvlm",),
-        weights_gb=4.5,
+        memory=Memory(4.5, 2.9, 9.0, 7.2),
     ),
     Entry(
         name="pixtral",
         spec="pipeline.models.families.pixtral.spec",
         example="mistral-community/pixtral-12b",
         templates=("mistral",),
-        weights_gb=25.4,
+        memory=Memory(25.4, 14.5, 31.9, 19.8),
     ),
     Entry(
         name="llava",
         spec="pipeline.models.families.llava.spec",
         example="liuhaotian/llava-v1.5-13b",
         templates=("vicuna_v1.1", "mistral", "chatml-llava"),
-        weights_gb=26.7,
+        memory=Memory(26.7, 14.0, 39.3, 25.2),
     ),
     Entry(
         name="llava-next",
         spec="pipeline.models.families.llava.next",
         example="lmms-lab/llava-next-72b",
         templates=("chatml-llava", "llava_llama_3"),
-        weights_gb=145.3,
+        memory=Memory(145.3, 75.5, 187.5, 110.0),
     ),
     Entry(
         name="llava-onevision",
         spec="pipeline.models.families.llava.onevision",
         example="lmms-lab/llava-onevision-qwen2-7b-ov",
         templates=("chatml-llava",),
-        weights_gb=16.1,
+        memory=Memory(16.1, 9.5, 20.6, 13.3),
         takes=("image", "video"),
     ),
     _GENERIC,  # last: it takes what no family of ours does
@@ -145,7 +158,7 @@ def list_families() -> list[dict[str, Any]]:
             "templates": list(entry.templates),
             "takes": list(entry.takes),
             "fused": entry.fused,
-            "weights_gb": entry.weights_gb,
+            **{name: getattr(entry.memory, name, None) for name in Memory.__slots__},
         }
         for entry in FAMILIES
     ]
