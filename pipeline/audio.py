@@ -24,6 +24,7 @@ FORMATS = frozenset({"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "AIFF"})
 _BLOCK_VALUES = 1 << 20  # decoded at once, over all channels
 _SPARE_SEC = 0.1  # by which the end may miss what the header says
 _STARTS = (b"RIFF", b"RF64", b"riff", b"fLaC", b"OggS", b"FORM")  # of what libsndfile reads
+_OGG_HEAD = 27  # bytes of a page's head, the last of them the number of segments
 _MIN_RATE, _MAX_RATE = 1_000, 768_000
 
 
@@ -114,11 +115,28 @@ def _opened(data: bytes) -> Iterator[Any]:
 
 
 def _is_cut(data: bytes) -> bool:
-    """Whether a WAV's or AIFF's frame names more bytes than there are; live streams name none."""
+    """Whether a WAV's or AIFF's frame names more bytes than there are; live streams name none.
+
+    An Ogg names no length: it is cut where its last page is.
+    """
+    if data[:4] == b"OggS":
+        return _ends_in_a_page(data)
     if data[:4] not in (b"RIFF", b"FORM"):
         return False
     named = int.from_bytes(data[4:8], "little" if data[:1] == b"R" else "big")
     return named < 0x7FFFFFFF and named + 8 > len(data) + 1
+
+
+def _ends_in_a_page(data: bytes) -> bool:
+    """Whether the bytes of an Ogg end before its last page does; tags after the pages are none."""
+    place = 0
+    while data[place : place + 4] == b"OggS":
+        body = place + _OGG_HEAD
+        if body > len(data):
+            return True
+        num_segments = data[body - 1]
+        place = body + num_segments + sum(data[body : body + num_segments])
+    return place > len(data)
 
 
 def _mono(file: Any) -> np.ndarray:

@@ -142,6 +142,8 @@ BROKEN = {
     "cut flac": (cut(encoded(LONG, kind="FLAC"), 0.5), {"truncated_audio", "corrupt_audio"}),
     "cut wav": (cut(encoded(LONG), 0.5), {"truncated_audio"}),
     "cut aiff": (cut(encoded(LONG, kind="AIFF"), 0.5), {"truncated_audio"}),
+    "cut ogg": (cut(encoded(LONG, kind="OGG"), 0.9), {"truncated_audio"}),
+    "cut opus": (cut(encoded(LONG, kind="OGG", subtype="OPUS"), 0.99), {"truncated_audio"}),
     "cut mp3": (cut(encoded(LONG, kind="MP3"), 0.5), {"truncated_audio"}),
     "cut header": (encoded(LONG)[:20], {"not_audio", "corrupt_audio", "empty_audio"}),
     "no samples": (encoded(LONG[:0]), {"empty_audio"}),
