@@ -14,6 +14,7 @@ TEMPLATE = Template(
     assistant="{content}</s>",
     answer="",
     system_opens="last",
+    blank_system=False,
     alternate=True,
     stop=("</s>",),
 )
@@ -23,6 +24,7 @@ LARGE = replace(
     TEMPLATE,
     control=(*TEMPLATE.control, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
     system="[SYSTEM_PROMPT]{content}[/SYSTEM_PROMPT]",
+    blank_system=True,
 )
 
 LLAVA = Template(

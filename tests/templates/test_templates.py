@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import RowError
 from pipeline.rows import Turn
 from pipeline.templates import NAMES, Control, Piece, render, template
-from pipeline.templates.mistral import LLAVA
+from pipeline.templates.mistral import LARGE, LLAVA
 
 JANUS = (
     "You are a helpful language and vision assistant. You are able to understand the visual"
@@ -153,11 +153,13 @@ def test_texts_side_by_side() -> None:
 
 
 def test_an_empty_system_text() -> None:
-    """It takes the default's place; two templates then leave its frame out, as official code."""
+    """It takes the default's place; some templates then leave its frame out, as official code."""
     turns = (Turn("system", ("",)), Turn("user", ("Q",)))
     assert rendered("qwen2-vl", *turns).startswith("<|im_start|>system\n<|im_end|>\n")
     assert rendered("janus-pro", *turns).startswith("<｜begin▁of▁sentence｜><|User|>: Q")
     assert written(render(LLAVA, turns)) == "<s>[INST] Q [/INST]"
+    assert rendered("mistral", *turns) == "<s>[INST]Q[/INST]"
+    assert "[SYSTEM_PROMPT][/SYSTEM_PROMPT]" in written(render(LARGE, turns))
     assert rendered("vicuna_v1.1", *turns) == "<s> USER: Q ASSISTANT:"
 
 
