@@ -57,6 +57,8 @@ def probe(data: bytes, limits: Limits) -> VideoInfo:
         _check_pixels(context.width, context.height, limits)
         index = _read_index(container, stream, limits, deadline)
         _check_length(container, index)
+        if data[:4] == b"GIF8" and _is_cut(data):  # decoders make the last frame up
+            raise RowError("truncated_video")
         fps = _rate(stream, index)
         if index.times:
             _rewind(container, stream, index)
@@ -133,7 +135,11 @@ def _has_mark(data: bytes) -> bool:
 
 
 def _is_cut(data: bytes) -> bool:
-    """Whether an MP4's last box reaches beyond the bytes, or an AVI is shorter than it says."""
+    """Whether an MP4's last box or a GIF's last block reaches beyond the bytes, or an AVI is
+    shorter than it says.
+    """
+    if data[:4] == b"GIF8":
+        return _gif_end(data) > len(data)
     if data[:4] == b"RIFF":
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     if data[4:8] != b"ftyp":
@@ -147,6 +153,25 @@ def _is_cut(data: bytes) -> bool:
             return False
         place += max(8, size)
     return place != len(data)
+
+
+def _gif_end(data: bytes) -> int:
+    """Where a GIF's blocks end, or the first that is none begins; a trailer may be missing."""
+    place = 13 + _gif_colours(data[10:11])
+    while data[place : place + 1] in (b"!", b","):
+        if data[place] == ord("!"):
+            place += 2
+        else:
+            place += 11 + _gif_colours(data[place + 9 : place + 10])
+        while place < len(data) and data[place]:
+            place += data[place] + 1
+        place += 1  # the empty block that ends them
+    return place
+
+
+def _gif_colours(flags: bytes) -> int:
+    """Bytes of the palette that the flags tell of."""
+    return 3 << (flags[0] % 8 + 1) if flags and flags[0] & 0x80 else 0
 
 
 def _read_index(container: Any, stream: Any, limits: Limits, deadline: float) -> _Index:

@@ -122,6 +122,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "an mp4 without its end": (video(200, 10, faststart=True)[:-4000], "truncated_video"),
     "half an mkv": (_cut_mkv(), "truncated_video"),
     "half an avi": (video(30, kind="avi")[:4000], "truncated_video"),
+    "most of a gif": ((lambda d: d[: len(d) * 9 // 10])(video(30, kind="gif")), "truncated_video"),
     "a head alone": (b"\x1a\x45\xdf\xa3" + bytes(300), "video_unreadable"),
     "garbled frames": (
         (lambda d: d[:600] + bytes(len(d) - 1200) + d[-600:])(video(60, gop=60)),
@@ -137,6 +138,12 @@ def test_broken_videos_have_a_code(name: str) -> None:
         info = probe(data, LIMITS)
         list(read_frames(data, range(info.num_frames), LIMITS))
     assert caught.value.code == code
+
+
+def test_a_gif_may_lack_its_trailer_and_have_bytes_after_it() -> None:
+    data = video(9, width=63, height=47, kind="gif")
+    for given in (data, data[:-1], data + b"and more"):
+        assert probe(given, LIMITS).num_frames == 9
 
 
 @pytest.mark.parametrize(
