@@ -94,8 +94,9 @@ def _take_system(
     template: Template, turns: Sequence[Turn]
 ) -> tuple[tuple[str | int, ...] | None, Sequence[Turn]]:
     if turns and turns[0].role == "system":
-        said = template.blank_system or any(part != "" for part in turns[0].parts)
-        return (turns[0].parts if said else None), turns[1:]
+        system = turns[0].parts
+        said = _stripped(system) if template.strip else "".join(map(str, system))
+        return (system if said or template.blank_system else None), turns[1:]
     default = template.default_system
     return (None if default is None else (default,)), turns
 

@@ -156,7 +156,9 @@ def test_an_empty_system_text() -> None:
     """It takes the default's place; some templates then leave its frame out, as official code."""
     turns = (Turn("system", ("",)), Turn("user", ("Q",)))
     assert rendered("qwen2-vl", *turns).startswith("<|im_start|>system\n<|im_end|>\n")
-    assert rendered("janus-pro", *turns).startswith("<｜begin▁of▁sentence｜><|User|>: Q")
+    for text in ("", " \n"):
+        found = rendered("janus-pro", Turn("system", (text,)), *turns[1:])
+        assert found.startswith("<｜begin▁of▁sentence｜><|User|>: Q")
     assert written(render(LLAVA, turns)) == "<s>[INST] Q [/INST]"
     assert rendered("mistral", *turns) == "<s>[INST]Q[/INST]"
     assert "[SYSTEM_PROMPT][/SYSTEM_PROMPT]" in written(render(LARGE, turns))
