@@ -120,7 +120,7 @@ def _run(tmp_path: Path, *arguments: str) -> dict[str, object]:
         (("--version",), 0),
         (("schema",), 0),
         (("models",), 0),
-        (("validate", "configs/demo.yaml"), 0),
+        (("validate", "configs/demo.yaml", "--set", "output.path=/nowhere/at/all"), 0),
         (("status", "/nowhere/at/all"), 2),
         (("verify", "/nowhere/at/all"), 2),
         (("show", "/nowhere/at/all"), 2),
