@@ -209,8 +209,12 @@ def least_card_gb(sizes: ModelSizes, num_states: int = 0, float8: bool = False) 
     `num_states` of an image that layers attend to.
     """
     kept = SMALL_CACHE * sizes.kv_values_per_token + num_states * sizes.values_per_state
-    share = EngineSettings().memory_fraction
-    return (sizes.num_bytes(2, float8) + WORKSPACE_BYTES + 2 * kept) / share / 1e9
+    return _card_gb(sizes.num_bytes(2, float8), 2 * kept, EngineSettings())
+
+
+def _card_gb(weights: float, kept: float, settings: EngineSettings) -> float:
+    """GB of a card of which the engine's share holds `weights` and `kept` bytes and works."""
+    return (weights + WORKSPACE_BYTES + kept) / settings.memory_fraction / 1e9
 
 
 def _read(settings: LabelSettings) -> tuple[int, Iterator[Row]]:
@@ -316,8 +320,8 @@ def _add_cost(
         return
     value_bytes = _DTYPE_BYTES[model.dtype]
     weights = sizes.num_bytes(value_bytes, model.quantization == "fp8")
-    share = 1e9 * settings.engine.memory_fraction
-    usable = card.memory_gb * share - weights - WORKSPACE_BYTES
+    weights_fp8 = sizes.num_bytes(value_bytes, float8=True)
+    usable = card.memory_gb * 1e9 * settings.engine.memory_fraction - weights - WORKSPACE_BYTES
     row_bytes = work.largest * value_bytes
     slots = max(0, min(MAX_SLOTS, int(usable // max(row_bytes, 1))))
     result.memory = Memory(
@@ -327,8 +331,8 @@ def _add_cost(
         kv_gb_per_row=row_bytes / 1e9,
         slots=slots,
         fits=slots > 0,
-        needed_gb=(weights + WORKSPACE_BYTES + row_bytes) / share,
-        needed_fp8_gb=(sizes.num_bytes(value_bytes, True) + WORKSPACE_BYTES + row_bytes) / share,
+        needed_gb=_card_gb(weights, row_bytes, settings.engine),
+        needed_fp8_gb=_card_gb(weights_fp8, row_bytes, settings.engine),
     )
     if slots and result.fused:
         scale = result.rows / result.rows_read / 3600
