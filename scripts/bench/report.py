@@ -155,16 +155,14 @@ def _deterministic_notes() -> list[str]:
 
 def _family_notes() -> list[str]:
     """Captions a second of other families at published sizes."""
-    shapes = {row["model"].removeprefix("random ") for row in _rows() if "model" in row}
-    names = sorted(f"caption/{shape}" for shape in shapes)
-    rows = [row for name in names if (row := latest(name))]
-    if not rows:
+    shapes = sorted({row["model"].removeprefix("random ") for row in _rows() if "model" in row})
+    found = [(shape, row) for shape in shapes if (row := latest(f"caption/{shape}"))]
+    if not found:
         return []
-    rates = (f"{r['model'][7:]} {_rate(r)} ({r['share_of_peak']:.0%})" for r in rows)
-    counts = sorted({row["rows"] for row in rows})
+    rates = (f"{shape} {_rate(row)} ({row['share_of_peak']:.0%})" for shape, row in found)
     return [
         f"Other families at published sizes, random weights, bf16, captions a second (of the bf16 "
-        f"limit), one repetition of {counts[0]} rows: {', '.join(rates)}."
+        f"limit), one repetition of {found[0][1]['rows']} rows: {', '.join(rates)}."
     ]
 
 
