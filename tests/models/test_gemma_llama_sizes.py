@@ -15,8 +15,9 @@ from pipeline.models.families.gemma3 import model as gemma3
 from pipeline.models.families.gemma3 import spec as gemma3_spec
 from pipeline.models.families.mllama import model as mllama
 from pipeline.models.families.mllama import spec as mllama_spec
-from pipeline.models.loading import Weights, _renamed
+from pipeline.models.loading import _renamed
 from pipeline.settings import ModelSettings
+from scripts.bench.random_weights import RandomWeights
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "scripts/bench/published"
 NAMES = (
@@ -28,31 +29,19 @@ NAMES = (
 )
 
 
-class Listed(Weights):
-    """Tensors on no device: names and shapes alone."""
+class Listed(RandomWeights):
+    """Names and shapes alone, each of which must be among `names`."""
 
     def __init__(self, names: dict[str, torch.Size], rename: Any) -> None:
-        self.device, self.dtype = torch.device("meta"), torch.bfloat16
+        super().__init__("meta", torch.bfloat16, tied=True)
         rules = [(re.compile(pattern), new) for pattern, new in rename]
         self.shapes = {_renamed(name, rules): shape for name, shape in names.items()}
-        self.taken: set[str] = set()
 
     def take(
         self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         assert tuple(self.shapes[name]) == tuple(shape), name
-        self.taken.add(name)
-        return torch.empty(tuple(shape), dtype=dtype or self.dtype, device="meta")
-
-    def has(self, name: str) -> bool:
-        self.taken.add(name)
-        return False  # of a tied model's head, which files leave out
-
-    def drop(self, name: str) -> None:
-        self.taken.add(name)
-
-    def drop_all(self, prefix: str) -> bool:
-        return False
+        return super().take(name, shape, dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,7 +70,7 @@ def test_tensors_are_transformers(name: str) -> None:
     checkpoint: Any = Checkpoint()
     built = family.build(checkpoint, ModelSettings(id="x"))
     module.build(checkpoint, built, weights)
-    left = set(weights.shapes) - weights.taken - {"lm_head.weight"}
+    left = set(weights.shapes) - weights.taken.keys() - {"lm_head.weight"}
     assert not left
     count = sum(shape.numel() for key, shape in shapes.items() if key != "lm_head.weight")
     count += 0 if name.startswith("gemma") else shapes["lm_head.weight"].numel()

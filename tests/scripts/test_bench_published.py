@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import json
 import runpy
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scripts.bench import published
-from tests.helpers.deepseek_vl2_checkpoint import IDS, write_deepseek_vl2
-
 PROGRAM = Path(__file__).resolve().parents[2] / "scripts/bench.py"
-
-
-@pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A published config named `small`; the folder that the benchmark writes."""
-    source = write_deepseek_vl2(tmp_path / "source", "base")
-    kept = tmp_path / "published/small"
-    kept.mkdir(parents=True)
-    for name in ("config.json", "processor_config.json"):
-        shutil.copyfile(source / name, kept / name)
-    (kept / "tokens.json").write_text(json.dumps(IDS))
-    monkeypatch.setattr(published, "PUBLISHED", tmp_path / "published")
-    return tmp_path / "model"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import astuple
 from math import prod
 from pathlib import Path
@@ -19,7 +17,7 @@ from pipeline.models.registry import FAMILIES, Entry, family_for
 from pipeline.settings import ModelSettings
 from scripts.bench import published
 from scripts.bench.limits import work_of_sizes
-from tests.helpers.deepseek_vl2_checkpoint import IDS, write_deepseek_vl2
+from tests.helpers.deepseek_vl2_checkpoint import IDS
 from tests.helpers.parity import open_ours
 from tests.planner.test_estimate import BIG, BIG_VISION
 
@@ -107,15 +105,8 @@ def test_work_follows_from_sizes(tmp_path: Path) -> None:
     assert work_of_sizes(sizes, [], [(1100, 0, 2)]).decode_bytes == 2 * 15552 * 1101
 
 
-def test_random_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = write_deepseek_vl2(tmp_path / "small", "base")
-    kept = tmp_path / "published/small"
-    kept.mkdir(parents=True)
-    for name in ("config.json", "processor_config.json"):
-        shutil.copyfile(small / name, kept / name)
-    (kept / "tokens.json").write_text(json.dumps(IDS))
-    monkeypatch.setattr(published, "PUBLISHED", tmp_path / "published")
-    folder = published.make("small", tmp_path / "made")
+def test_random_weights_load(small: Path) -> None:
+    folder = published.make("small", small)
     assert published.make("small", folder) == folder
     model = open_ours(folder, spec.build)
     assert model.family.image_token_id == IDS["<image>"]
