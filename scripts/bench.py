@@ -127,7 +127,7 @@ def run_labeller(
     from scripts.bench import measure, summary
 
     seeds = [workloads.repetition_seed(args.seed, number) for number in range(-1, reps)]
-    rows = [WARMUP_ANSWERS[device.split(":")[0]]] + [args.rows] * reps
+    rows = [min(args.rows, WARMUP_ANSWERS[device.split(":")[0]])] + [args.rows] * reps
     loads = [workloads.make(name, n, seed) for n, seed in zip(rows, seeds, strict=True)]
     warmups = [loads.pop(0)]
     if device.startswith("cuda"):

@@ -57,6 +57,11 @@ def write_small_files(name: str, folder: Path) -> None:
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that the family takes, without memory for any of them."""
+    return build(folder)[1]
+
+
+def build(folder: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """The model with tensors that are shapes alone, and what it took."""
     import torch
 
     from pipeline.models.checkpoint import Checkpoint
@@ -68,10 +73,9 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     checkpoint = Checkpoint.open(settings)
     family = family_for(checkpoint, settings)
     weights = RandomWeights("meta", torch.bfloat16, tied=is_tied(checkpoint.config))
-    model: Any = importlib.import_module(type(family).__module__.rpartition(".")[0] + ".model")
+    module: Any = importlib.import_module(type(family).__module__.rpartition(".")[0] + ".model")
     with torch.inference_mode():
-        model.build(checkpoint, family, weights)
-    return weights.taken
+        return module.build(checkpoint, family, weights), weights.taken
 
 
 def main() -> int:

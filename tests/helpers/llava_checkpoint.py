@@ -19,7 +19,7 @@ from tests.helpers.sentencepiece_model import LLAMA, YI, model_bytes
 from tests.helpers.tiny_tokenizer import special_ids, tokenizer_json
 
 HIDDEN, INNER, LAYERS, HEADS = 32, 48, 2, 4
-WIDTH, TOWER_INNER, TOWER_HEADS, SIDE, PATCH = 24, 40, 2, 24, 4
+WIDTH, TOWER_INNER, TOWER_HEADS, PATCH = 24, 40, 2, 4
 # (width, height) as the original files have them; ties depend on the order.
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
 LLAMA_3_SPECIAL = (
@@ -45,6 +45,7 @@ class Kind:
     tokens: str = "llama"  # llama | yi | qwen | llama3
     inside: bool = True  # the tower is part of the checkpoint
     blocks: int = 3
+    side: int = 24
 
 
 NEXT = "LlavaNextForConditionalGeneration"
@@ -63,6 +64,7 @@ KINDS = {
     "onevision": Kind(
         "LlavaQwenForCausalLM", "qwen2", "LlavaOnevisionForConditionalGeneration",
         tower="siglip", aspect="anyres_max_2", kv_heads=2, tokens="qwen",
+        side=26,  # no whole number of patches, as 384 of 14
     ),
 }  # fmt: skip
 
@@ -139,7 +141,7 @@ def _vision_config(k: Kind) -> dict[str, Any]:
         "intermediate_size": TOWER_INNER,
         "num_attention_heads": TOWER_HEADS,
         "num_hidden_layers": k.blocks,
-        "image_size": SIDE,
+        "image_size": k.side,
         "patch_size": PATCH,
     }
 
@@ -172,8 +174,9 @@ def _original_config(k: Kind) -> dict[str, Any]:
 
 def pinpoints(kind: str) -> list[list[int]]:
     """The twin's pairs, (height, width)."""
-    if KINDS[kind].tower == "siglip":
-        return [[SIDE * j, SIDE * i] for i in range(1, 4) for j in range(1, 4)]
+    k = KINDS[kind]
+    if k.tower == "siglip":
+        return [[k.side * j, k.side * i] for i in range(1, 4) for j in range(1, 4)]
     return [[height, width] for width, height in PINPOINTS]
 
 
@@ -207,8 +210,8 @@ def _twin_config(k: Kind) -> dict[str, Any]:
 def _processor(k: Kind) -> dict[str, Any]:
     if k.tower == "siglip":
         half = [0.5] * 3
-        return {"size": {"height": SIDE, "width": SIDE}, "image_mean": half, "image_std": half}
-    edges = {"crop_size": {"height": SIDE, "width": SIDE}, "size": {"shortest_edge": SIDE}}
+        return {"size": {"height": k.side, "width": k.side}, "image_mean": half, "image_std": half}
+    edges = {"crop_size": {"height": k.side, "width": k.side}, "size": {"shortest_edge": k.side}}
     return {"do_center_crop": True, "do_resize": True, **edges}
 
 
@@ -247,7 +250,7 @@ def _shapes(k: Kind) -> Shapes:
 
 
 def _tower(k: Kind, shapes: Shapes, linear: Any, norm: Any) -> None:
-    name, patches = "vision_tower", (SIDE // PATCH) ** 2
+    name, patches = "vision_tower", (k.side // PATCH) ** 2
     shapes[f"{name}.embeddings.patch_embedding.weight"] = (WIDTH, 3, PATCH, PATCH)
     if k.tower == "clip":
         shapes[f"{name}.embeddings.class_embedding"] = (WIDTH,)

@@ -30,7 +30,6 @@ from pipeline.settings import ModelSettings
 from tests.helpers.checkpoint_copies import set_tensor
 from tests.helpers.llava_checkpoint import (
     KINDS,
-    SIDE,
     image_id,
     pinpoints,
     write_original,
@@ -81,11 +80,12 @@ def _theirs(folders: Path, kind: str) -> Any:
 def official_pixels(kind: str, images: tuple[np.ndarray, ...]) -> dict[str, torch.Tensor]:
     """The processor's tensors for one conversation with these images."""
     pictures = [Image.fromarray(image) for image in images]
-    edges = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    side = KINDS[kind].side
+    edges = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if kind == "1.5":
         return dict(LlavaImageProcessorPil(do_pad=True, **edges)(pictures, return_tensors="pt"))
     if kind == "onevision":
-        half, size = [0.5] * 3, {"height": SIDE, "width": SIDE}
+        half, size = [0.5] * 3, {"height": side, "width": side}
         processor: Any = LlavaOnevisionImageProcessorPil(
             size=size, image_mean=half, image_std=half, image_grid_pinpoints=pinpoints(kind)
         )
@@ -221,8 +221,9 @@ def test_pixels_equal_the_processors(folders: Path, kind: str) -> None:
         image = random_image(*size)
         tiles = ours._tiles(torch.from_numpy(image), ours.family.layout(*size))
         expected = official_pixels(kind, (image,))["pixel_values"]
-        expected = expected.reshape(-1, 3, SIDE, SIDE)[: len(tiles)]
-        patches = image_patches(tiles, SIDE, ours.mean, ours.std, torch.float32)
+        side = KINDS[kind].side
+        expected = expected.reshape(-1, 3, side, side)[: len(tiles)]
+        patches = image_patches(tiles, side, ours.mean, ours.std, torch.float32)
         assert torch.equal(patches.view(expected.shape), expected)
 
 

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.estimate import least_card_gb
 from pipeline.models.checkpoint import Checkpoint
@@ -14,6 +15,7 @@ from pipeline.models.families.deepseek_vl2 import spec
 from pipeline.models.families.qwen_vl.spec import _sizes as qwen_sizes
 from pipeline.models.family import ModelSizes
 from pipeline.models.registry import FAMILIES, Entry, family_for
+from pipeline.models.vision import views
 from pipeline.settings import ModelSettings
 from scripts.bench import published
 from scripts.bench.limits import work_of_sizes
@@ -59,6 +61,25 @@ def test_a_family_builds_at_its_published_size(name: str, tmp_path: Path) -> Non
     family = family_for(Checkpoint.open(settings), settings)
     assert family.sizes.num_params == pytest.approx(count, rel=0.002)
     assert family.eos_token_ids
+
+
+@pytest.mark.parametrize("name", published.names())
+def test_a_family_sees_at_its_published_size(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tower's real geometry (384 pixels in patches of 14), on tensors that are shapes alone."""
+    monkeypatch.setattr(views, "_resize", _resize_shape)
+    published.write_small_files(name, tmp_path)
+    model, _ = published.build(tmp_path)
+    for width, height in ((1024, 768), (640, 480), (300, 1200)):
+        layout = model.family.layout(width, height)
+        image = torch.empty(height, width, 3, dtype=torch.uint8, device="meta")
+        count = layout.num_states or layout.num_tokens
+        assert model.encode_images([image], [layout]).shape == (count, model.feature_size)
+
+
+def _resize_shape(image: torch.Tensor, size: tuple[int, int], filter: str) -> torch.Tensor:
+    return image.new_empty(*size, 3)
 
 
 EXAMPLES = {

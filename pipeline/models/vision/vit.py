@@ -171,14 +171,15 @@ def image_patches(
 ) -> Tensor:
     """uint8 [B, H, W, 3] -> [B, N, 3 * patch²], normalised, rows of patches after one another.
 
-    Arithmetic is the processors': `x * (1/255)` in float64, then in float32 minus the mean, over
-    the deviation.
+    What is left of a side after its whole patches (384 = 27 * 14 + 6) is not seen. Arithmetic is
+    the processors': `x * (1/255)` in float64, then in float32 minus the mean, over the deviation.
     """
-    scaled = (images.double() * (1.0 / 255.0)).float()
+    rows, columns = images.shape[1] // patch, images.shape[2] // patch
+    seen = images[:, : rows * patch, : columns * patch]
+    scaled = (seen.double() * (1.0 / 255.0)).float()
     pixels = (scaled - row(mean, images.device)) / row(std, images.device)
-    count, height, width, _ = images.shape
-    cut = pixels.to(dtype).view(count, height // patch, patch, width // patch, patch, -1)
-    return cut.permute(0, 1, 3, 5, 2, 4).reshape(count, (height // patch) * (width // patch), -1)
+    cut = pixels.to(dtype).reshape(len(images), rows, patch, columns, patch, -1)
+    return cut.permute(0, 1, 3, 5, 2, 4).reshape(len(images), rows * columns, -1)
 
 
 @lru_cache(maxsize=64)

@@ -86,8 +86,7 @@ class DeepseekVL2(Model):
             ]
         )
         c = self.tower.config
-        seen = pictures[:, : c.grid * c.patch, : c.grid * c.patch].contiguous()
-        patches = image_patches(seen, c.patch, self.mean, self.std, self.dtype)
+        patches = image_patches(pictures, c.patch, self.mean, self.std, self.dtype)
         features = self.projector(self.tower(patches)).flatten(0, 1)
         grids = tuple((layout.grid[1], layout.grid[2]) for layout in layouts)
         return torch.cat([features, self.marks]).index_select(0, self._index(grids))

@@ -46,8 +46,7 @@ class SmolVLM(Model):
 
     def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:
         tiles = [self._tiles(i, layout) for i, layout in zip(images, layouts, strict=True)]
-        side = self.tower.config.grid * self.tower.config.patch
-        passes = torch.cat(tiles)[:, :side, :side].split(MAX_TILES)
+        passes = torch.cat(tiles).split(MAX_TILES)
         features = torch.cat([self._features(pixels) for pixels in passes])
         ids, where = self._blocks(tuple(layouts))
         return self.embedding.index_select(0, ids).index_copy_(0, where, features)
