@@ -40,7 +40,7 @@ PART_TILES = {
     64: Tile(128, 64, 4, 4, 2),
     128: Tile(128, 128, 3, 4, 2),
     256: Tile(128, 256, 4, 8, 1),
-    512: Tile(256, 128, 4, 8, 1),
+    384: Tile(256, 128, 4, 8, 1),
 }
 WHOLE_TILES = {
     16: Tile(64, 16, 8, 4, 2),
@@ -81,8 +81,8 @@ def choose_plan(rows: int, columns: int, depth: int, processors: int, parts: boo
     """Return how to cut a product, or None where the library is to compute it.
 
     The library's tiles must be fewer than `processors`. Where the product may come in `parts`,
-    there are as many as keep the device full, of LEAST_STEPS each; where it may not, our tiles must
-    be more than the library's.
+    there are as many as the device holds at once, of LEAST_STEPS each; where it comes whole, our
+    tiles must be more than the library's.
     """
     library = -(-rows // LIBRARY_TILE) * -(-columns // LIBRARY_TILE)
     tiles = PART_TILES if parts else WHOLE_TILES
@@ -96,7 +96,7 @@ def choose_plan(rows: int, columns: int, depth: int, processors: int, parts: boo
     if parts:
         wanted = max(1, min(tile.resident * processors // ours, steps // LEAST_STEPS))
         pieces = -(-steps // -(-steps // wanted))  # none is empty
-    if ours * pieces <= library:
+    if pieces == 1 and ours <= library:
         return None
     return Plan(tile.block_n, tile.block_m, pieces, tile.stages, tile.warps)
 

@@ -50,6 +50,7 @@ def test_pieces_cover_the_depth_and_fill_the_device(rows: int, columns: int, dep
     assert (plan.pieces - 1) * width < depth <= plan.pieces * width
     assert columns % plan.block_n == 0
     assert tiles * -(-rows // plan.block_m) * plan.pieces > columns // 128 * -(-rows // 128)
+    assert plan.pieces > 1
 
 
 @pytest.mark.parametrize(
