@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.kernels.backend import invariant, next_power_of_2, tl, triton, use_triton
 from pipeline.kernels.matmul import invariant_matmul
@@ -18,52 +19,66 @@ from pipeline.kernels.matmul import invariant_matmul
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST_SCALE = 1e-12
+STEP = 128  # columns of K that a product in pieces takes at a time
 
 
 class Quantized(NamedTuple):
-    """float8 `values` [N, K] and float32 `scale` [N, 1]; their product is what was quantised."""
+    """float8 `values` [N, K] and float32 `scale` [N, P]: each piece of a row has its scale.
+
+    Values times scales are what was quantised. A piece is `piece_width(K, P)` wide, the last may be
+    narrower.
+    """
 
     values: Tensor
     scale: Tensor
 
 
-def quantize_rows(x: Tensor) -> Quantized:
-    """Quantise each row of `x` [N, K]."""
+def piece_width(depth: int, pieces: int) -> int:
+    """Columns of each piece of a row: whole steps of a product, where there are several."""
+    return depth if pieces == 1 else -(-depth // (STEP * pieces)) * STEP
+
+
+def quantize_rows(x: Tensor, pieces: int = 1) -> Quantized:
+    """Quantise each of the `pieces` of each row of `x` [N, K]."""
     if use_triton(x):
-        return _quantize_rows_triton(x)
-    return quantize_rows_reference(x)
+        return _quantize_rows_triton(x, pieces)
+    return quantize_rows_reference(x, pieces)
 
 
-def quantize_rows_reference(x: Tensor) -> Quantized:
-    wide = x.float()
+def quantize_rows_reference(x: Tensor, pieces: int = 1) -> Quantized:
+    depth = x.shape[1]
+    width = piece_width(depth, pieces)
+    wide = functional.pad(x.float(), (0, width * pieces - depth)).view(len(x), pieces, width)
     scale = (wide.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(SMALLEST_SCALE)
-    return Quantized((wide / scale).to(FP8), scale)
+    return Quantized((wide / scale).to(FP8).flatten(1)[:, :depth].contiguous(), scale.squeeze(2))
 
 
 @triton.jit
 def _quantize_rows_kernel(
-    x_ptr, out_ptr, scale_ptr, x_stride, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, out_ptr, scale_ptr, x_stride, width, piece, LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
+    start = tl.program_id(1) * piece
+    column = start + tl.arange(0, BLOCK)
+    inside = column < tl.minimum(start + piece, width)
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), 0) / LARGEST, SMALLEST)
-    tl.store(scale_ptr + row, scale)
-    tl.store(out_ptr + row * width + column, (x / scale).to(tl.float8e4nv), mask=inside)
+    tl.store(scale_ptr + row * tl.num_programs(1) + tl.program_id(1), scale)
+    tl.store(out_ptr + row * width + column, (x * (1.0 / scale)).to(tl.float8e4nv), mask=inside)
 
 
-def _quantize_rows_triton(x: Tensor) -> Quantized:
+def _quantize_rows_triton(x: Tensor, pieces: int) -> Quantized:
     rows, width = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
     out = torch.empty(rows, width, dtype=FP8, device=x.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    block = next_power_of_2(width)
+    scale = torch.empty(rows, pieces, dtype=torch.float32, device=x.device)
+    piece = piece_width(width, pieces)
+    block = next_power_of_2(piece)
     if rows:
-        _quantize_rows_kernel[(rows,)](
-            x, out, scale, x.stride(0), width, LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
+        _quantize_rows_kernel[(rows, pieces)](
+            x, out, scale, x.stride(0), width, piece, LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
             BLOCK=block, num_warps=8 if block > 4096 else 4,
         )  # fmt: skip
     return Quantized(out, scale)

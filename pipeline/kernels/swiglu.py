@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
-from pipeline.kernels.fp8 import FP8, LARGEST, SMALLEST_SCALE, Quantized, quantize_rows_reference
+from pipeline.kernels.fp8 import (
+    FP8,
+    LARGEST,
+    SMALLEST_SCALE,
+    Quantized,
+    piece_width,
+    quantize_rows_reference,
+)
 
 BLOCK = 1024
 
@@ -40,11 +47,11 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-def swiglu_fp8(gate_up: Tensor) -> Quantized:
-    """`swiglu` of [N, 2 I], its rows quantised as `quantize_rows` does."""
+def swiglu_fp8(gate_up: Tensor, pieces: int = 1) -> Quantized:
+    """`swiglu` of [N, 2 I], its rows quantised in `pieces` as `quantize_rows` does."""
     if use_triton(gate_up):
-        return _swiglu_fp8_triton(gate_up)
-    return quantize_rows_reference(swiglu_reference(gate_up))
+        return _swiglu_fp8_triton(gate_up, pieces)
+    return quantize_rows_reference(swiglu_reference(gate_up), pieces)
 
 
 @triton.jit
@@ -72,9 +79,8 @@ def _gated_triton(gate_up: Tensor, gelu: bool) -> Tensor:
 
 
 @triton.jit
-def _gated(base, width, column, kind: tl.constexpr):
+def _gated(base, width, column, inside, kind: tl.constexpr):
     """`silu(gate) * up` of some columns of a row, rounded as `swiglu` rounds."""
-    inside = column < width
     gate = tl.load(base + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(base + width + column, mask=inside, other=0.0).to(tl.float32)
     return ((gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * up).to(kind).to(tl.float32)
@@ -82,34 +88,38 @@ def _gated(base, width, column, kind: tl.constexpr):
 
 @triton.jit
 def _swiglu_fp8_kernel(
-    in_ptr, out_ptr, scale_ptr, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    in_ptr, out_ptr, scale_ptr, width, piece, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """A row in two powers of two of columns, which waste less than one."""
+    """A piece of a row in two powers of two of columns, which waste less than one."""
     row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * piece
+    end = tl.minimum(start + piece, width)
     base = in_ptr + row * 2 * width
     kind = in_ptr.dtype.element_ty
-    main = tl.arange(0, MAIN)
-    rest = MAIN + tl.arange(0, REST)
-    low = _gated(base, width, main, kind)
-    high = _gated(base, width, rest, kind)
+    main = start + tl.arange(0, MAIN)
+    rest = start + MAIN + tl.arange(0, REST)
+    low = _gated(base, width, main, main < end, kind)
+    high = _gated(base, width, rest, rest < end, kind)
     peak = tl.maximum(tl.max(tl.abs(low), 0), tl.max(tl.abs(high), 0))
     unit = tl.maximum(peak / LARGEST, SMALLEST)
-    tl.store(scale_ptr + row, unit)
+    inverse = 1.0 / unit
+    tl.store(scale_ptr + row * tl.num_programs(1) + tl.program_id(1), unit)
     out = out_ptr + row * width
-    tl.store(out + main, (low / unit).to(tl.float8e4nv), mask=main < width)
-    tl.store(out + rest, (high / unit).to(tl.float8e4nv), mask=rest < width)
+    tl.store(out + main, (low * inverse).to(tl.float8e4nv), mask=main < end)
+    tl.store(out + rest, (high * inverse).to(tl.float8e4nv), mask=rest < end)
 
 
-def _swiglu_fp8_triton(gate_up: Tensor) -> Quantized:
+def _swiglu_fp8_triton(gate_up: Tensor, pieces: int) -> Quantized:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     values = torch.empty(rows, width, dtype=FP8, device=gate_up.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=gate_up.device)
-    main = 1 << (width.bit_length() - 1)
+    scale = torch.empty(rows, pieces, dtype=torch.float32, device=gate_up.device)
+    piece = piece_width(width, pieces)
+    main = 1 << (piece.bit_length() - 1)
     if rows:
-        _swiglu_fp8_kernel[(rows,)](
-            gate_up.contiguous(), values, scale, width, LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
-            MAIN=main, REST=max(16, next_power_of_2(width - main)),
+        _swiglu_fp8_kernel[(rows, pieces)](
+            gate_up.contiguous(), values, scale, width, piece, LARGEST=LARGEST,
+            SMALLEST=SMALLEST_SCALE, MAIN=main, REST=max(16, next_power_of_2(piece - main)),
             num_warps=min(16, max(4, main // 1024)),
         )  # fmt: skip
     return Quantized(values, scale)

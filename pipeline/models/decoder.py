@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels.head_norm import norm_heads
+from pipeline.kernels.split_matmul import whole
 from pipeline.models.cross import CrossParts, Shape, StateKeys, quantize_cross
 from pipeline.models.fp8 import quantize_block
 from pipeline.models.layers import GatedMLP, Linear, RMSNorm
@@ -162,7 +163,7 @@ def _take_layer(weights: Weights, name: str, c: DecoderConfig, index: int) -> De
 
 def quantize_layer(layer: DecoderLayer) -> None:
     """Turn the layer's linear maps to float8."""
-    quantize_block(layer, {"qkv": "attention_norm", "mlp": "mlp_norm"})
+    quantize_block(layer, {"qkv": "attention_norm", "mlp": "mlp_norm"}, parts=("out", "mlp"))
     if layer.cross is not None:
         quantize_cross(layer)
 
@@ -296,7 +297,7 @@ class Decoder:
             out = layer.post_mlp_norm(out)[0]
         if index < len(deep):
             # NOTE: after the sum, as the reference rounds.
-            x = x + out
+            x = x + whole(out)
             out = deep[index] if last is None else deep[index].index_select(0, last)
         end = index + 1 == len(self.layers)
         following = self.norm if end else self.layers[index + 1].attention_norm

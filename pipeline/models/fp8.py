@@ -1,12 +1,15 @@
 """A model's linear maps in eight-bit floating point, each quantised when it is loaded.
 
 Weights have one scale an output row, inputs one a token, so a row's result does not depend on its
-neighbours. Norms and gates before such a map quantise in the same pass. Embedding, head, mergers
-and projectors stay as they are.
+neighbours. Norms and gates before such a map quantise in the same pass. For a few rows, what goes
+to a norm alone may come in parts, which the norm adds. Embedding, head, mergers and projectors stay
+as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.kernels.fp8 import Quantized, quantize_rows, scaled_product
 from pipeline.kernels.rms_norm import rms_norm_fp8
+from pipeline.kernels.split_matmul import Parts, plan_for, split_matmul
 from pipeline.kernels.swiglu import swiglu_fp8
 from pipeline.models.layers import GatedMLP, Linear, RMSNorm
 
@@ -22,18 +26,30 @@ MULTIPLE = 16  # of both sides, for the device's product
 
 
 class Fp8Linear(Linear):
-    """`x @ weight.T + bias` with a float8 weight and inputs rounded to float8 on the way."""
+    """`x @ weight.T + bias` with a float8 weight and inputs rounded to float8 on the way.
 
-    __slots__ = ("dtype", "scale")
+    With `parts`, few rows come as `Parts`: a norm must read them.
+    """
 
-    def __init__(self, linear: Linear) -> None:
+    __slots__ = ("dtype", "parts", "scale")
+
+    def __init__(self, linear: Linear, parts: bool = False) -> None:
         weight, self.scale = quantize_rows(linear.weight)
         self.dtype = linear.weight.dtype
+        self.parts = parts
         super().__init__(weight, linear.bias)
 
+    def pieces(self, rows: int) -> int:
+        """Scales that a row of the input has, when there are `rows`."""
+        plan = plan_for(rows, self.weight, self.parts)
+        return plan.pieces if plan is not None else 1
+
     def __call__(self, x: Tensor | Quantized) -> Tensor:
-        values, scale = x if isinstance(x, Quantized) else quantize_rows(x)
-        return scaled_product(values, scale, self.weight, self.scale, self.bias, self.dtype)
+        if not isinstance(x, Quantized):
+            x = quantize_rows(x, self.pieces(len(x)))
+        plan = plan_for(len(x.values), self.weight, self.parts)
+        product = scaled_product if plan is None else partial(split_matmul, plan)
+        return cast(Tensor, product(*x, self.weight, self.scale, self.bias, self.dtype))
 
 
 class Fp8RMSNorm(RMSNorm):
@@ -41,7 +57,7 @@ class Fp8RMSNorm(RMSNorm):
 
     __slots__ = ()
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor | Parts, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         normed, total = rms_norm_fp8(x, self.weight, self.eps, residual)
         return cast(Tensor, normed), total
 
@@ -50,9 +66,11 @@ class Fp8GatedMLP(GatedMLP):
     """A gated MLP of two `Fp8Linear`."""
 
     __slots__ = ()
+    down: Fp8Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(cast(Tensor, swiglu_fp8(self.gate_up(x))))
+        both = self.gate_up(x)
+        return self.down(swiglu_fp8(both, self.down.pieces(len(both))))
 
 
 def check_device(device: torch.device) -> None:
@@ -64,11 +82,12 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def quantize_block(block: Any, norms: dict[str, str]) -> None:
+def quantize_block(block: Any, norms: dict[str, str], parts: Collection[str] = ()) -> None:
     """Replace a layer's linear maps, those of its MLP too.
 
     `norms` names the norm whose rows go to a map alone: {"qkv": "attention_norm", …}; "mlp" stands
-    for the gated MLP's first map.
+    for the gated MLP's first map. `parts` names the maps whose results go to a norm alone; "mlp"
+    stands for the gated MLP's last one.
     """
     for name in ("qkv", "out", "mlp"):
         quantize = getattr(getattr(block, name, None), "quantize", None)
@@ -77,13 +96,13 @@ def quantize_block(block: Any, norms: dict[str, str]) -> None:
     for name in ("qkv", "out", "proj", "joined", "q_up"):
         linear = getattr(block, name, None)
         if type(linear) is Linear and _fits(linear):
-            setattr(block, name, Fp8Linear(linear))
+            setattr(block, name, Fp8Linear(linear, name in parts))
             _fuse(block, norms.get(name))
     mlp = getattr(block, "mlp", None)
     if type(mlp) is not GatedMLP or not (_fits(mlp.gate_up) and _fits(mlp.down)):
         return
     kind = Fp8GatedMLP if mlp.act == "silu" else GatedMLP
-    block.mlp = kind(Fp8Linear(mlp.gate_up), Fp8Linear(mlp.down), mlp.act)
+    block.mlp = kind(Fp8Linear(mlp.gate_up), Fp8Linear(mlp.down, "mlp" in parts), mlp.act)
     _fuse(block, norms.get("mlp"))
 
 

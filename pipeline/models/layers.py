@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.kernels.linear import linear
 from pipeline.kernels.quick_gelu import quick_gelu
 from pipeline.kernels.rms_norm import rms_norm
+from pipeline.kernels.split_matmul import Parts
 from pipeline.kernels.swiglu import geglu, swiglu
 from pipeline.models.loading import Weights
 
@@ -124,7 +125,7 @@ class RMSNorm:
         return cls(weight + offset if offset else weight, eps, offset)
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
+        self, x: torch.Tensor | Parts, residual: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the norm of `x` (+ `residual`), and what was normed."""
         return rms_norm(x, self.weight, self.eps, residual)

@@ -1,0 +1,223 @@
+"""The float8 product of a few rows with a weight matrix whose tiles do not fill the device.
+
+The library gives a tile of the output to a multiprocessor. For a decode step's lanes there are
+fewer tiles than multiprocessors, so most of the memory's speed lies idle. Here K is cut in pieces
+until the programs fill the device; each piece of a row has a scale of its own, and the norm that
+reads the product adds the parts. A row's result depends on the number of rows, not on the others.
+Knows no layer.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.backend import invariant, tl, triton, use_triton
+from pipeline.kernels.fp8 import piece_width
+
+BLOCK_BYTES = 128  # of each row in a step
+LIBRARY_TILE = 128  # rows and columns that the library gives to a multiprocessor
+LEAST_STEPS = 4  # of a piece of K
+
+
+class Tile(NamedTuple):
+    """A program's part of the output, and how many such programs a multiprocessor holds."""
+
+    block_n: int
+    block_m: int
+    stages: int
+    warps: int
+    resident: int
+
+
+# By the most rows they serve: for products that may come in parts, and for those that may not.
+PART_TILES = {
+    16: Tile(128, 16, 5, 4, 2),
+    32: Tile(128, 32, 5, 4, 2),
+    64: Tile(128, 64, 4, 4, 2),
+    128: Tile(128, 128, 3, 4, 2),
+    256: Tile(128, 256, 4, 8, 1),
+    384: Tile(256, 128, 4, 8, 1),
+}
+WHOLE_TILES = {
+    16: Tile(64, 16, 8, 4, 2),
+    32: Tile(64, 32, 8, 4, 2),
+    128: Tile(64, 64, 5, 4, 2),
+}
+
+
+class Plan(NamedTuple):
+    """How a product is cut: tiles of `block_n` weights by `block_m` rows, K in `pieces`."""
+
+    block_n: int
+    block_m: int
+    pieces: int
+    stages: int
+    warps: int
+    descriptors: bool = True
+
+
+class Parts(NamedTuple):
+    """A product as float32 parts [P, N, M], to be added and rounded to `dtype`."""
+
+    values: Tensor
+    dtype: torch.dtype
+
+
+def plan_for(rows: int, weight: Tensor, parts: bool) -> Plan | None:
+    """Return `choose_plan` for a float8 `weight` [M, K]; None where rows must not see their number.
+
+    The kernel's tiles are Hopper's.
+    """
+    if invariant() or not use_triton(weight):
+        return None
+    return choose_plan(rows, len(weight), weight.shape[1], _processors(weight.device), parts)
+
+
+def choose_plan(rows: int, columns: int, depth: int, processors: int, parts: bool) -> Plan | None:
+    """Return how to cut a product, or None where the library is to compute it.
+
+    The library's tiles must be fewer than `processors`. Where the product may come in `parts`,
+    there are as many as the device holds at once, of LEAST_STEPS each; where it comes whole, our
+    tiles must be more than the library's.
+    """
+    library = -(-rows // LIBRARY_TILE) * -(-columns // LIBRARY_TILE)
+    tiles = PART_TILES if parts else WHOLE_TILES
+    tile = next((tile for most, tile in tiles.items() if rows <= most), None)
+    if tile is None or not rows or library >= processors:
+        return None
+    if depth % BLOCK_BYTES or columns % tile.block_n:
+        return None
+    ours, steps = -(-rows // tile.block_m) * columns // tile.block_n, depth // BLOCK_BYTES
+    pieces = 1
+    if parts:
+        wanted = max(1, min(tile.resident * processors // ours, steps // LEAST_STEPS))
+        pieces = -(-steps // -(-steps // wanted))  # none is empty
+    if pieces == 1 and ours <= library:
+        return None
+    return Plan(tile.block_n, tile.block_m, pieces, tile.stages, tile.warps)
+
+
+@lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a Hopper; 0 elsewhere."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def whole(x: Tensor | Parts) -> Tensor:
+    """Add the parts, where there are any."""
+    return x.values.sum(0).to(x.dtype) if isinstance(x, Parts) else x
+
+
+def split_matmul(
+    plan: Plan,
+    a: Tensor,
+    a_scale: Tensor | None,
+    b: Tensor,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | Parts:
+    """float8 `a` [N, K], `b` [M, K] -> [N, M] in `dtype`, or in parts.
+
+    `a_scale` is [N, P], `b_scale` [M, 1]. M and K are multiples of the plan's blocks.
+    """
+    (rows, depth), columns = a.shape, len(b)
+    one = plan.pieces == 1
+    shape = (rows, columns) if one else (plan.pieces, rows, columns)
+    out = torch.empty(shape, dtype=dtype if one else torch.float32, device=a.device)
+    tiles_m = triton.cdiv(rows, plan.block_m)
+    block_k = BLOCK_BYTES // a.itemsize
+    grid = (tiles_m * (columns // plan.block_n), plan.pieces)
+    common: dict[str, Any] = {
+        "HAS_BIAS": bias is not None, "HAS_SCALE": a_scale is not None, "PIECES": plan.pieces,
+        "WHOLE": one,
+        "BLOCK_N": plan.block_n, "BLOCK_M": plan.block_m, "BLOCK_K": block_k,
+        "num_warps": plan.warps, "num_stages": plan.stages,
+    }  # fmt: skip
+    each = piece_width(depth, plan.pieces) // block_k
+    kernel, left, right = _split_kernel, a, b
+    if plan.descriptors:
+        kernel = _descriptor_kernel
+        left = _descriptor(a, plan.block_m)
+        right = _descriptor(b, plan.block_n)
+    if rows:
+        kernel[grid](
+            left, right, bias, a_scale, b_scale, out, rows, columns, depth, each, tiles_m, **common
+        )
+    return out if one else Parts(out, dtype)
+
+
+def _descriptor(x: Tensor, block: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [block, BLOCK_BYTES // x.itemsize])
+
+
+@triton.jit
+def _finish(
+    acc, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns, m, n, piece,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    present = m < rows
+    if HAS_SCALE:
+        by_row = tl.load(a_scale_ptr + m * PIECES + piece, mask=present, other=0.0)
+        acc *= tl.load(b_scale_ptr + n)[:, None] * by_row[None, :]
+    if HAS_BIAS:
+        if WHOLE or piece == 0:
+            acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    out = out_ptr + (piece * rows + m.to(tl.int64)[None, :]) * columns + n[:, None]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=present[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "each", "tiles_m"])
+def _split_kernel(
+    a_ptr, b_ptr, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns, depth, each, tiles_m,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # The weights stand on the left: they fill the matrix units, however few rows there are.
+    piece = tl.program_id(1)
+    m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = piece * each
+    k = first * BLOCK_K + tl.arange(0, BLOCK_K)
+    weights = b_ptr + n.to(tl.int64)[:, None] * depth + k[None, :]
+    inputs = a_ptr + (m % rows).to(tl.int64)[None, :] * depth + k[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for _ in range(tl.minimum(each, depth // BLOCK_K - first)):
+        acc = tl.dot(tl.load(weights), tl.load(inputs), acc)
+        weights += BLOCK_K
+        inputs += BLOCK_K
+    _finish(
+        acc, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns, m, n, piece,
+        HAS_BIAS, HAS_SCALE, PIECES, WHOLE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "each", "tiles_m"])
+def _descriptor_kernel(
+    a, b, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns, depth, each, tiles_m,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`_split_kernel` with whole tiles copied by the device's copy engine."""
+    piece = tl.program_id(1)
+    m = tl.program_id(0) % tiles_m * BLOCK_M
+    n = tl.program_id(0) // tiles_m * BLOCK_N
+    first = piece * each
+    k = first * BLOCK_K
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for _ in range(tl.minimum(each, depth // BLOCK_K - first)):
+        acc = tl.dot(b.load([n, k]), a.load([m, k]).T, acc)
+        k += BLOCK_K
+    _finish(
+        acc, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns,
+        m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N), piece,
+        HAS_BIAS, HAS_SCALE, PIECES, WHOLE,
+    )  # fmt: skip
