@@ -129,6 +129,6 @@ def _launch(
             y if scale is None else scale, rows.stride(0), width, eps,
             PARTS=parts, HAS_RESIDUAL=residual is not None, QUANTIZE=scale is not None,
             BLOCK=block, LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
-            num_warps=4 if block <= 2048 else 8,
+            num_warps=(16 if parts > 1 else 8) if block > 2048 else 4,
         )  # fmt: skip
     return total.view(y.shape)

@@ -34,19 +34,20 @@ class Tile(NamedTuple):
 
 
 # By the most rows they serve: for products that may come in parts, and for those that may not.
+# Chosen on an H200 (scripts/bench/LOG.md); beyond 256 rows the library is as good.
 PART_TILES = {
-    16: Tile(128, 16, 5, 4, 2),
-    32: Tile(128, 32, 5, 4, 2),
-    64: Tile(128, 64, 4, 4, 2),
-    128: Tile(128, 128, 3, 4, 2),
-    256: Tile(128, 256, 4, 8, 1),
-    384: Tile(256, 128, 4, 8, 1),
+    16: Tile(128, 16, 5, 4, 1),
+    32: Tile(128, 32, 5, 4, 1),
+    64: Tile(128, 64, 8, 4, 1),
+    256: Tile(128, 64, 4, 4, 2),
 }
 WHOLE_TILES = {
     16: Tile(64, 16, 8, 4, 2),
     32: Tile(64, 32, 8, 4, 2),
-    128: Tile(64, 64, 5, 4, 2),
+    64: Tile(64, 64, 8, 4, 1),
+    256: Tile(64, 64, 4, 4, 3),
 }
+FEWEST_ROWS = 16  # for which the library is too slow even where its tiles fill the device
 
 
 class Plan(NamedTuple):
@@ -57,7 +58,6 @@ class Plan(NamedTuple):
     pieces: int
     stages: int
     warps: int
-    descriptors: bool = True
 
 
 class Parts(NamedTuple):
@@ -80,14 +80,16 @@ def plan_for(rows: int, weight: Tensor, parts: bool) -> Plan | None:
 def choose_plan(rows: int, columns: int, depth: int, processors: int, parts: bool) -> Plan | None:
     """Return how to cut a product, or None where the library is to compute it.
 
-    The library's tiles must be fewer than `processors`. Where the product may come in `parts`,
-    there are as many as the device holds at once, of LEAST_STEPS each; where it comes whole, our
-    tiles must be more than the library's.
+    The library's tiles must be fewer than `processors`, or the rows very few. Where the product may
+    come in `parts`, there are as many as the device holds at once, of LEAST_STEPS each; where it
+    comes whole, our tiles must be more than the library's.
     """
     library = -(-rows // LIBRARY_TILE) * -(-columns // LIBRARY_TILE)
     tiles = PART_TILES if parts else WHOLE_TILES
     tile = next((tile for most, tile in tiles.items() if rows <= most), None)
-    if tile is None or not rows or library >= processors:
+    if tile is None or not rows or not processors:
+        return None
+    if library >= processors and rows > FEWEST_ROWS:
         return None
     if depth % BLOCK_BYTES or columns % tile.block_n:
         return None
@@ -96,7 +98,7 @@ def choose_plan(rows: int, columns: int, depth: int, processors: int, parts: boo
     if parts:
         wanted = max(1, min(tile.resident * processors // ours, steps // LEAST_STEPS))
         pieces = -(-steps // -(-steps // wanted))  # none is empty
-    if pieces == 1 and ours <= library:
+    if pieces == 1 and (parts or ours <= library):
         return None
     return Plan(tile.block_n, tile.block_m, pieces, tile.stages, tile.warps)
 
@@ -117,9 +119,9 @@ def whole(x: Tensor | Parts) -> Tensor:
 def split_matmul(
     plan: Plan,
     a: Tensor,
-    a_scale: Tensor | None,
+    a_scale: Tensor,
     b: Tensor,
-    b_scale: Tensor | None,
+    b_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor | Parts:
@@ -132,92 +134,48 @@ def split_matmul(
     shape = (rows, columns) if one else (plan.pieces, rows, columns)
     out = torch.empty(shape, dtype=dtype if one else torch.float32, device=a.device)
     tiles_m = triton.cdiv(rows, plan.block_m)
-    block_k = BLOCK_BYTES // a.itemsize
-    grid = (tiles_m * (columns // plan.block_n), plan.pieces)
-    common: dict[str, Any] = {
-        "HAS_BIAS": bias is not None, "HAS_SCALE": a_scale is not None, "PIECES": plan.pieces,
-        "WHOLE": one,
-        "BLOCK_N": plan.block_n, "BLOCK_M": plan.block_m, "BLOCK_K": block_k,
-        "num_warps": plan.warps, "num_stages": plan.stages,
-    }  # fmt: skip
-    each = piece_width(depth, plan.pieces) // block_k
-    kernel, left, right = _split_kernel, a, b
-    if plan.descriptors:
-        kernel = _descriptor_kernel
-        left = _descriptor(a, plan.block_m)
-        right = _descriptor(b, plan.block_n)
+    each = piece_width(depth, plan.pieces) // BLOCK_BYTES
     if rows:
-        kernel[grid](
-            left, right, bias, a_scale, b_scale, out, rows, columns, depth, each, tiles_m, **common
-        )
+        _split_kernel[(tiles_m * (columns // plan.block_n), plan.pieces)](
+            _descriptor(a, plan.block_m), _descriptor(b, plan.block_n), bias, a_scale, b_scale, out,
+            rows, columns, depth, each, tiles_m,
+            HAS_BIAS=bias is not None, PIECES=plan.pieces,
+            BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, BLOCK_K=BLOCK_BYTES,
+            num_warps=plan.warps, num_stages=plan.stages,
+        )  # fmt: skip
     return out if one else Parts(out, dtype)
 
 
 def _descriptor(x: Tensor, block: int) -> Any:
+    """Tells the device's copy engine of tiles of `block` rows; rows beyond the last read as 0."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(x, [block, BLOCK_BYTES // x.itemsize])
-
-
-@triton.jit
-def _finish(
-    acc, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns, m, n, piece,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    present = m < rows
-    if HAS_SCALE:
-        by_row = tl.load(a_scale_ptr + m * PIECES + piece, mask=present, other=0.0)
-        acc *= tl.load(b_scale_ptr + n)[:, None] * by_row[None, :]
-    if HAS_BIAS:
-        if WHOLE or piece == 0:
-            acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
-    out = out_ptr + (piece * rows + m.to(tl.int64)[None, :]) * columns + n[:, None]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=present[None, :])
+    return TensorDescriptor.from_tensor(x, [block, BLOCK_BYTES])
 
 
 @triton.jit(do_not_specialize=["rows", "each", "tiles_m"])
 def _split_kernel(
-    a_ptr, b_ptr, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns, depth, each, tiles_m,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
+    a, b, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns, depth, each, tiles_m,
+    HAS_BIAS: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # The weights stand on the left: they fill the matrix units, however few rows there are.
     piece = tl.program_id(1)
-    m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = piece * each
-    k = first * BLOCK_K + tl.arange(0, BLOCK_K)
-    weights = b_ptr + n.to(tl.int64)[:, None] * depth + k[None, :]
-    inputs = a_ptr + (m % rows).to(tl.int64)[None, :] * depth + k[:, None]
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for _ in range(tl.minimum(each, depth // BLOCK_K - first)):
-        acc = tl.dot(tl.load(weights), tl.load(inputs), acc)
-        weights += BLOCK_K
-        inputs += BLOCK_K
-    _finish(
-        acc, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns, m, n, piece,
-        HAS_BIAS, HAS_SCALE, PIECES, WHOLE,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["rows", "each", "tiles_m"])
-def _descriptor_kernel(
-    a, b, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns, depth, each, tiles_m,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """`_split_kernel` with whole tiles copied by the device's copy engine."""
-    piece = tl.program_id(1)
-    m = tl.program_id(0) % tiles_m * BLOCK_M
-    n = tl.program_id(0) // tiles_m * BLOCK_N
+    top = tl.program_id(0) % tiles_m * BLOCK_M
+    left = tl.program_id(0) // tiles_m * BLOCK_N
     first = piece * each
     k = first * BLOCK_K
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for _ in range(tl.minimum(each, depth // BLOCK_K - first)):
-        acc = tl.dot(b.load([n, k]), a.load([m, k]).T, acc)
+        acc = tl.dot(b.load([left, k]), a.load([top, k]).T, acc)
         k += BLOCK_K
-    _finish(
-        acc, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns,
-        m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N), piece,
-        HAS_BIAS, HAS_SCALE, PIECES, WHOLE,
-    )  # fmt: skip
+    m = top + tl.arange(0, BLOCK_M)
+    n = left + tl.arange(0, BLOCK_N)
+    present = m < rows
+    by_row = tl.load(a_scale_ptr + m * PIECES + piece, mask=present, other=0.0)
+    acc *= tl.load(b_scale_ptr + n)[:, None] * by_row[None, :]
+    if HAS_BIAS:
+        if piece == 0:
+            acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    out = out_ptr + (piece * rows + m.to(tl.int64)[None, :]) * columns + n[:, None]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=present[None, :])

@@ -15,7 +15,7 @@ from pipeline.kernels.split_matmul import (  # noqa: E402
     PART_TILES,
     WHOLE_TILES,
     Tile,
-    _descriptor_kernel,
+    _split_kernel,
 )
 
 SHARED = 233_472  # bytes of a multiprocessor, of which each program takes 1024 more than it asks
@@ -24,10 +24,10 @@ TILES = [(tile, 4) for tile in PART_TILES.values()] + [(t, 1) for t in WHOLE_TIL
 
 @pytest.mark.parametrize(("tile", "pieces"), TILES)
 def test_a_tile(tile: Tile, pieces: int) -> None:
-    kernel: Any = _descriptor_kernel
+    kernel: Any = _split_kernel
     names = kernel.arg_names
     constants = {
-        "HAS_BIAS": True, "HAS_SCALE": True, "PIECES": pieces, "WHOLE": pieces == 1,
+        "HAS_BIAS": True, "PIECES": pieces,
         "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_K": 128,
     }  # fmt: skip
     kinds = {
