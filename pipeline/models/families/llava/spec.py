@@ -208,7 +208,9 @@ def _sizes(config: LlavaConfig) -> ModelSizes:
         **decoder_sizes(config.text, config.tied),
         vision_params=tower.depth * block,
         projector_params=tower.size * hidden + (config.projector_layers - 1) * hidden**2,
-        patches_per_token=4 if config.max_tiles else 1,
+        # Tiles overlap the edge and are scaled down; of a video, four patches make a token.
+        patches_per_token=2 if config.max_tiles else 1,
+        patches_per_run=tower.grid**2,
         vision_width=tower.size,
         vision_full_blocks=tower.depth,
     )
