@@ -20,7 +20,7 @@ GIB = 1 << 30
 CPU_CACHE_BYTES = 2 * GIB
 CUDA_CONTEXT_BYTES = 1 * GIB  # library workspaces and captured graphs
 LOGIT_BYTES = 40  # of a lane's logit in a sampled step: noise of 64 bits, the sort and its order
-TYPICAL_SEQUENCE = 1280  # tokens; only bounds the number of lanes
+SHORT_SEQUENCE = 640  # tokens; bounds the lanes, which cost little: what does not fit waits
 TYPICAL_TEXT = 320  # tokens of a sequence whose images are states, not tokens
 TYPICAL_IMAGE = (1024, 768)
 MAX_IMAGES = 4  # of a lane at once, on average
@@ -81,7 +81,7 @@ def size_engine(model: Model, settings: EngineSettings) -> EngineSizes:
     wanted = slots if slots != "auto" else (512 if cuda else 256)
     free = free_bytes(model.device, settings)
     states = states_of_an_image(model)
-    typical = TYPICAL_TEXT if states else TYPICAL_SEQUENCE
+    typical = TYPICAL_TEXT if states else SHORT_SEQUENCE
     image, text = states * state_bytes(model), typical * place_bytes(model)
     while True:
         spare = free - activation_bytes(model, tokens, wanted)
@@ -91,7 +91,7 @@ def size_engine(model: Model, settings: EngineSettings) -> EngineSizes:
         if settings.prefill_tokens == "auto" and tokens > 2_048 and places < 2 * tokens:
             tokens //= 2
         elif slots == "auto" and wanted > 8:
-            wanted = max(8, wanted * 3 // 4 // 8 * 8)
+            wanted = max(8, wanted * 7 // 8 // 8 * 8)
         else:
             break
     if places < 1024:
