@@ -31,7 +31,7 @@ _INPUT_FIELDS = ("source", "id", "image", "video", "audio", "keep", "messages", 
 _MODEL_FIELDS = (
     "chat_template", "dtype", "quantization", "max_pixels", "min_pixels", "pan_and_scan",
 )  # fmt: skip
-_ENGINE_FIELDS = ("deterministic", "max_context")
+_ENGINE_FIELDS = ("deterministic", "kv_cache", "max_context")
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.kernels.backend import next_power_of_2, shared_memory, tl, triton, use_triton
+from pipeline.kernels.cached_rows import CachedRows, parts, take_rows
 from pipeline.kernels.decode_attention import capped_attention
-from pipeline.kernels.flash_parts import block_scores, fold_block, key_places
+from pipeline.kernels.flash_parts import block_scores, fold_block, key_places, lowered, narrow
 from pipeline.kernels.transfer import to_device
 
 BLOCK_Q = 64
@@ -56,6 +57,11 @@ class Rectangle:
     queries: Tensor
     keys: Tensor
     ahead: Tensor | None  # [Tq], as of a `Run`
+
+    def rows(self, cached: CachedRows, dtype: torch.dtype) -> Tensor:
+        """The runs' keys or values [B, Hk, Tk, D]."""
+        found = take_rows(cached, self.keys.flatten(), dtype)
+        return found.unflatten(1, self.keys.shape).transpose(0, 1)
 
     def mask(self, window: int | None) -> Tensor | None:
         """Which keys each query sees; None: all of them."""
@@ -113,8 +119,8 @@ def _places(run: Run) -> list[int]:
 
 def prefill_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: CachedRows,
+    v: CachedRows,
     plan: PrefillPlan,
     scale: float,
     window: int | None = None,
@@ -147,8 +153,8 @@ def _rectangles(runs: Sequence[Run], device: torch.device) -> list[Rectangle]:
 
 def prefill_attention_reference(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: CachedRows,
+    v: CachedRows,
     plan: PrefillPlan,
     scale: float,
     window: int | None = None,
@@ -157,14 +163,14 @@ def prefill_attention_reference(
     out = torch.empty_like(q)
     for rectangle in plan.rectangles:
         rows = q[rectangle.queries].transpose(1, 2)  # [B, Hq, Tq, D]
-        keys, values = (x[:, rectangle.keys].transpose(0, 1) for x in (k, v))
+        keys, values = (rectangle.rows(x, q.dtype) for x in (k, v))
         mask = rectangle.mask(window)
         if softcap is None:
             dense = functional.scaled_dot_product_attention(
-                rows, keys, values, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[0]
+                rows, keys, values, mask, scale=scale, enable_gqa=q.shape[1] != keys.shape[1]
             )
         else:
-            group = q.shape[1] // k.shape[0]
+            group = q.shape[1] // keys.shape[1]
             keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
             dense = capped_attention(rows, keys, values, mask, scale, softcap)
         out[rectangle.queries] = dense.transpose(1, 2)
@@ -173,29 +179,36 @@ def prefill_attention_reference(
 
 @triton.jit
 def _take_block(
-    best, norm, acc, q, k_ptr, v_ptr, begin, entry, earliest, latest, total, scale,
+    best, norm, acc, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, base, begin, entry, earliest,
+    latest, total, scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys from `begin` in. MASKED: a row sees those in [earliest, latest]."""
     key = begin + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_D)
-    offset = key_places(key, entry).to(tl.int64)[:, None] * DIM + channel[None, :]
+    row = key_places(key, entry).to(tl.int64)
+    offset = row[:, None] * DIM + channel[None, :]
+    known = key < total
     if MASKED:
-        mask = (key < total)[:, None] & (channel[None, :] < DIM)
-        scores = block_scores(q, tl.load(k_ptr + offset, mask=mask, other=0.0), scale, SOFTCAP)
+        mask = known[:, None] & (channel[None, :] < DIM)
+        keys = tl.load(k_ptr + offset, mask=mask, other=0.0)
+        scores = block_scores(q, keys, scale, SOFTCAP, k_scale_ptr, base + row, known)
         seen = (key[None, :] >= earliest[:, None]) & (key[None, :] <= latest[:, None])
-        scores = tl.where(seen & (key < total)[None, :], scores, float("-inf"))
+        scores = tl.where(seen & known[None, :], scores, float("-inf"))
         values = tl.load(v_ptr + offset, mask=mask, other=0.0)
     else:
-        scores = block_scores(q, tl.load(k_ptr + offset), scale, SOFTCAP)
+        keys = tl.load(k_ptr + offset)
+        scores = block_scores(q, keys, scale, SOFTCAP, k_scale_ptr, base + row, known)
         values = tl.load(v_ptr + offset)
-    return fold_block(best, norm, acc, scores, values, scale)
+    values = values.to(q.dtype)
+    return fold_block(best, norm, acc, scores, values, scale, v_scale_ptr, base + row, known)
 
 
 @triton.jit
 def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, table_ptr, ahead_ptr, head_stride, q_stride, scale,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr, blocks_ptr, table_ptr, ahead_ptr,
+    head_stride, q_stride, scale,
     HQ: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPANS: tl.constexpr,
@@ -213,8 +226,11 @@ def _prefill_kernel(
     q_mask = (row[:, None] < q_length) & (channel[None, :] < DIM)
     q_offset = (q_start + row[:, None]).to(tl.int64) * q_stride + head * DIM + channel[None, :]
     q = tl.load(q_ptr + q_offset, mask=q_mask, other=0.0)
+    if k_scale_ptr is not None:
+        q = narrow(q)
     k_rows = k_ptr + (head // GROUP).to(tl.int64) * head_stride
     v_rows = v_ptr + (head // GROUP).to(tl.int64) * head_stride
+    base = (head // GROUP).to(tl.int64) * (head_stride // DIM)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -236,23 +252,23 @@ def _prefill_kernel(
             full = tl.where(position + first + BLOCK_M <= WINDOW, full, low)
     for begin in range(low, full, BLOCK_N):
         best, norm, acc = _take_block(
-            best, norm, acc, q, k_rows, v_rows, begin, entry + 4, earliest, latest, total, scale,
-            DIM, BLOCK_D, BLOCK_N, SOFTCAP, False,
+            best, norm, acc, q, k_rows, v_rows, k_scale_ptr, v_scale_ptr, base, begin, entry + 4,
+            earliest, latest, total, scale, DIM, BLOCK_D, BLOCK_N, SOFTCAP, False,
         )  # fmt: skip
     for begin in range(full, stop, BLOCK_N):
         best, norm, acc = _take_block(
-            best, norm, acc, q, k_rows, v_rows, begin, entry + 4, earliest, latest, total, scale,
-            DIM, BLOCK_D, BLOCK_N, SOFTCAP, True,
+            best, norm, acc, q, k_rows, v_rows, k_scale_ptr, v_scale_ptr, base, begin, entry + 4,
+            earliest, latest, total, scale, DIM, BLOCK_D, BLOCK_N, SOFTCAP, True,
         )  # fmt: skip
-    out = acc / tl.where(norm > 0, norm, 1.0)[:, None]
+    out = lowered(acc, v_scale_ptr) / tl.where(norm > 0, norm, 1.0)[:, None]
     out_offset = (q_start + row[:, None]).to(tl.int64) * HQ * DIM + head * DIM + channel[None, :]
     tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
 def _prefill_triton(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: CachedRows,
+    v: CachedRows,
     plan: PrefillPlan,
     scale: float,
     window: int | None,
@@ -263,13 +279,15 @@ def _prefill_triton(
     num_heads, dim = q.shape[1:]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     block_d = max(16, next_power_of_2(dim))
-    keys, stages = BLOCK_KV, 3
+    block, stages = BLOCK_KV, 3
     if block_d > 128:
-        keys, stages = (BLOCK_KV, 2) if shared_memory(q.device) >= WIDE_BYTES else (32, 1)
+        block, stages = (BLOCK_KV, 2) if shared_memory(q.device) >= WIDE_BYTES else (32, 1)
+    (keys, k_scale), (values, v_scale) = parts(k), parts(v)
     _prefill_kernel[(num_heads, len(plan.blocks))](
-        q, k, v, out, plan.blocks, plan.table, plan.ahead, k.stride(0), q.stride(0), scale,
-        HQ=num_heads, GROUP=num_heads // k.shape[0], DIM=dim, WIDTH=TABLE_WIDTH,
-        BLOCK_D=block_d, BLOCK_M=BLOCK_Q, BLOCK_N=keys, WINDOW=window or 0,
+        q, keys, values, k_scale, v_scale, out, plan.blocks, plan.table, plan.ahead,
+        keys.stride(0), q.stride(0), scale,
+        HQ=num_heads, GROUP=num_heads // keys.shape[0], DIM=dim, WIDTH=TABLE_WIDTH,
+        BLOCK_D=block_d, BLOCK_M=BLOCK_Q, BLOCK_N=block, WINDOW=window or 0,
         SOFTCAP=softcap or 0.0, SPANS=plan.ahead is not None,
         num_warps=4 if block_d <= 128 else 8, num_stages=stages,
     )  # fmt: skip

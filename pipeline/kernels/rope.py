@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.backend import next_power_of_2, tl, triton, use_triton
+from pipeline.kernels.cached_rows import CachedRows, parts, put_rows
+from pipeline.kernels.fp8 import LARGEST, SMALLEST_SCALE
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -32,14 +34,15 @@ def rope_and_cache(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: CachedRows,
+    v_cache: CachedRows,
     places: Tensor,
     num_heads: int,
 ) -> Tensor:
     """Rotate queries and keys of `qkv` [T, (Hq + 2 Hk) D]; return the queries [T, Hq, D].
 
-    Keys and values go to `k_cache`, `v_cache` [Hk, N, D] at `places` [T] (int64).
+    Keys and values go to `k_cache`, `v_cache` [Hk, N, D] at `places` [T] (int64); where these are
+    float8, each row is rounded as elsewhere and then quantised.
     """
     if use_triton(qkv):
         return _rope_and_cache_triton(qkv, cos, sin, k_cache, v_cache, places, num_heads)
@@ -50,16 +53,16 @@ def rope_and_cache_reference(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: CachedRows,
+    v_cache: CachedRows,
     places: Tensor,
     num_heads: int,
 ) -> Tensor:
-    num_kv_heads, _, head_dim = k_cache.shape
+    num_kv_heads, _, head_dim = parts(k_cache)[0].shape
     heads = qkv.view(len(qkv), -1, head_dim)
     turned = rotate(heads[:, : num_heads + num_kv_heads], cos, sin)
-    k_cache.index_copy_(1, places, turned[:, num_heads:].transpose(0, 1))
-    v_cache.index_copy_(1, places, heads[:, num_heads + num_kv_heads :].transpose(0, 1))
+    put_rows(k_cache, places, turned[:, num_heads:])
+    put_rows(v_cache, places, heads[:, num_heads + num_kv_heads :])
     return turned[:, :num_heads]
 
 
@@ -102,12 +105,26 @@ def _rotate_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @triton.jit
+def _largest(x):
+    """The largest magnitude of each row, float32 [heads, 1]."""
+    return tl.max(tl.abs(x.to(tl.float32)), 1)[:, None]
+
+
+@triton.jit
+def _quantized(x, scale, EIGHT: tl.constexpr):
+    """`x` in float8 of its `scale` [heads, 1], or as it is."""
+    return (x.to(tl.float32) / scale).to(tl.float8e4nv) if EIGHT else x
+
+
+@triton.jit
 def _rope_and_cache_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, places_ptr, head_stride,
+    qkv_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, places_ptr,
+    head_stride,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """One program a token: [heads, HALF] tiles of both halves, then the channels that pass."""
+    EIGHT: tl.constexpr = k_scale_ptr is not None
     token = tl.program_id(0).to(tl.int64)
     place = tl.load(places_ptr + token)
     head = tl.arange(0, HEADS)[:, None]
@@ -124,44 +141,64 @@ def _rope_and_cache_kernel(
     second = tl.load(base + HALF + lane, mask=turning, other=0.0).to(tl.float32)
     low = (first * cos - second * sin).to(q_ptr.dtype.element_ty)
     high = (second * cos + first * sin).to(q_ptr.dtype.element_ty)
+    scale = 1.0
+    if EIGHT:
+        scale = tl.maximum(_largest(low), _largest(high))
+        if DIM > 2 * HALF:
+            for start in tl.static_range(2 * HALF, DIM, BLOCK):
+                passing = is_k & (start + lane < DIM)
+                scale = tl.maximum(scale, _largest(tl.load(base + start + lane, passing, 0.0)))
+        scale = tl.maximum(scale / LARGEST, SMALLEST)
+        row = (head - NUM_HEADS).to(tl.int64) * (head_stride // DIM) + place
+        tl.store(k_scale_ptr + row, scale, mask=is_k)
     tl.store(q_out + lane, low, mask=turning & is_q)
     tl.store(q_out + HALF + lane, high, mask=turning & is_q)
-    tl.store(k_out + lane, low, mask=turning & is_k)
-    tl.store(k_out + HALF + lane, high, mask=turning & is_k)
+    tl.store(k_out + lane, _quantized(low, scale, EIGHT), mask=turning & is_k)
+    tl.store(k_out + HALF + lane, _quantized(high, scale, EIGHT), mask=turning & is_k)
     if DIM > 2 * HALF:
         for start in tl.static_range(2 * HALF, DIM, BLOCK):
             rest = start + lane
             passing = (is_q | is_k) & (rest < DIM)
             same = tl.load(base + rest, mask=passing, other=0.0)
             tl.store(q_out + rest, same, mask=passing & is_q)
-            tl.store(k_out + rest, same, mask=passing & is_k)
+            tl.store(k_out + rest, _quantized(same, scale, EIGHT), mask=passing & is_k)
     is_v = (head >= NUM_HEADS + NUM_KV) & (head < NUM_HEADS + 2 * NUM_KV)
     v_head = (head - NUM_HEADS - NUM_KV).to(tl.int64)
     v_out = v_ptr + v_head * head_stride + place * DIM
+    if EIGHT:
+        scale = tl.zeros([HEADS, 1], tl.float32)
+        for start in tl.static_range(0, DIM, BLOCK):
+            inside = is_v & (start + lane < DIM)
+            scale = tl.maximum(scale, _largest(tl.load(base + start + lane, inside, 0.0)))
+        scale = tl.maximum(scale / LARGEST, SMALLEST)
+        tl.store(v_scale_ptr + v_head * (head_stride // DIM) + place, scale, mask=is_v)
     for start in tl.static_range(0, DIM, BLOCK):
         channel = start + lane
         inside = is_v & (channel < DIM)
-        tl.store(v_out + channel, tl.load(base + channel, mask=inside, other=0.0), mask=inside)
+        value = tl.load(base + channel, mask=inside, other=0.0)
+        tl.store(v_out + channel, _quantized(value, scale, EIGHT), mask=inside)
 
 
 def _rope_and_cache_triton(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: CachedRows,
+    v_cache: CachedRows,
     places: Tensor,
     num_heads: int,
 ) -> Tensor:
-    num_kv_heads, _, dim = k_cache.shape
+    (keys, k_scale), (values, v_scale) = parts(k_cache), parts(v_cache)
+    num_kv_heads, _, dim = keys.shape
     cos, sin = cos.contiguous(), sin.contiguous()
     q = torch.empty(len(qkv), num_heads, dim, dtype=qkv.dtype, device=qkv.device)
     if len(qkv):
         half = cos.shape[-1]
         _rope_and_cache_kernel[(len(qkv),)](
-            qkv, cos, sin, q, k_cache, v_cache, places, k_cache.stride(0),
+            qkv, cos, sin, q, keys, values, k_scale, v_scale, places, keys.stride(0),
             NUM_HEADS=num_heads, NUM_KV=num_kv_heads, DIM=dim, HALF=half,
             HEADS=next_power_of_2(num_heads + 2 * num_kv_heads),
-            BLOCK=max(16, next_power_of_2(half)), num_warps=4,
+            BLOCK=max(16, next_power_of_2(half)), LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
+            num_warps=4,
         )  # fmt: skip
     return q

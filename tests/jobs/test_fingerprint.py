@@ -43,6 +43,7 @@ def changed(**over: Any) -> list[str]:
         ({"input": {"image": "picture"}}, ["input.image"]),
         ({"input": {"keep": ["url"]}}, ["input.keep"]),
         ({"engine": {"deterministic": True}}, ["engine.deterministic"]),
+        ({"engine": {"kv_cache": "fp8"}}, ["engine.kv_cache"]),
     ],
 )
 def test_what_changes_an_answer_counts(over: dict[str, Any], fields: list[str]) -> None:
