@@ -18,7 +18,7 @@ from pipeline.kernels.flash_parts import (
     lifted,
     lowered,
     narrow,
-    scale_columns,
+    row_scales,
     weigh,
 )
 from pipeline.kernels.fp8 import Quantized
@@ -64,6 +64,7 @@ def _decode_kernel(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     GROUP: tl.constexpr = HQ // HK
+    COPIES: tl.constexpr = 1 if BLOCK >= 128 else 2
     total = lane_length(seg_ptr, lane, SEGMENTS)
     low = 0
     if WINDOW > 0:
@@ -92,10 +93,12 @@ def _decode_kernel(
         k_even, k_odd = split_pairs(tl.load(k_ptr + offset, mask=mask, other=0), ASM)
         scores = tl.dot(q_even, tl.trans(k_even.to(q_even.dtype)), input_precision="ieee")
         scores += tl.dot(q_odd, tl.trans(k_odd.to(q_odd.dtype)), input_precision="ieee")
-        scores = cap_scores(scale_columns(scores, k_scale_ptr, cached, valid), scale, SOFTCAP)
+        scores *= row_scales(k_scale_ptr, cached, valid, COPIES)[None, :]
+        scores = cap_scores(scores, scale, SOFTCAP)
         scores = tl.where(valid[None, :], scores, float("-inf"))
         best, norm, weight, fade = weigh(best, norm, scores, scale)
-        weight = lifted(weight, v_scale_ptr, cached, valid).to(q_even.dtype)
+        weight *= lifted(row_scales(v_scale_ptr, cached, valid, COPIES))[None, :]
+        weight = weight.to(q_even.dtype)
         v_even, v_odd = split_pairs(tl.load(v_ptr + offset, mask=mask, other=0), ASM)
         even = even * fade[:, None]
         even += tl.dot(weight, v_even.to(weight.dtype), input_precision="ieee")

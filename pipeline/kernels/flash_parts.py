@@ -49,11 +49,15 @@ def narrow(q):
 
 
 @triton.jit
-def scale_columns(x, scale_ptr, row, mask):
-    """`x` [M, N] times the scales of float8 rows `row` [N]; as it is without a pointer."""
-    if scale_ptr is not None:
-        x *= tl.load(scale_ptr + row, mask=mask, other=0.0)[None, :]
-    return x
+def row_scales(scale_ptr, row, mask, COPIES: tl.constexpr = 2):
+    """Scales [N] of the float8 rows `row`, where `mask`.
+
+    NOTE: the compiler lets each thread load what it multiplies where a load has fewer numbers than
+    a program has threads, which are 128. COPIES make them as many; it then loads each but once.
+    """
+    copy = tl.arange(0, COPIES)[None, :] * 0
+    scales = tl.load(scale_ptr + row[:, None] + copy, mask=mask[:, None], other=0.0)
+    return tl.max(scales, 1)
 
 
 @triton.jit
@@ -63,7 +67,8 @@ def block_scores(q, keys, scale, SOFTCAP: tl.constexpr, scale_ptr=None, row=None
     Float8 keys are rows `row` [N], where `mask`, of those that `scale_ptr` has scales of.
     """
     scores = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
-    scores = scale_columns(scores, scale_ptr, row, mask)
+    if scale_ptr is not None:
+        scores *= row_scales(scale_ptr, row, mask)[None, :]
     return cap_scores(scores, scale, SOFTCAP)
 
 
@@ -98,20 +103,19 @@ def fold_block(best, norm, acc, scores, values, scale, scale_ptr=None, row=None,
     is `lowered` at the end.
     """
     peak, norm, weight, fade = weigh(best, norm, scores, scale)
-    weight = lifted(weight, scale_ptr, row, mask)
+    if scale_ptr is not None:
+        weight *= lifted(row_scales(scale_ptr, row, mask))[None, :]
     acc = acc * fade[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
     return peak, norm, acc
 
 
 @triton.jit
-def lifted(weight, scale_ptr, row, mask):
-    """`weight` times the scales of float8 rows and 2^9, about as large as the values in the row.
+def lifted(scales):
+    """Scales that weights are multiplied by, about as large as their rows' largest values.
 
     NOTE: scales alone, values by 448, are so small that weights would lose bits in float16.
     """
-    if scale_ptr is not None:
-        weight = scale_columns(weight * 512.0, scale_ptr, row, mask)
-    return weight
+    return scales * 512.0
 
 
 @triton.jit
