@@ -105,15 +105,32 @@ def _rotate_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @triton.jit
-def _largest(x):
-    """The largest magnitude of each row, float32 [heads, 1]."""
-    return tl.max(tl.abs(x.to(tl.float32)), 1)[:, None]
+def _rotated_keys(
+    base, cos_ptr, sin_ptr, row, channel, is_row, DIM: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    """A token's keys [rows, DIM] as whole rows, in float32."""
+    low = channel < HALF
+    inside, turning = is_row & (channel < DIM), is_row & (channel < 2 * HALF)
+    angle = tl.where(low, channel, channel - HALF)
+    cos = tl.load(cos_ptr + angle, mask=channel < 2 * HALF, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=channel < 2 * HALF, other=0.0)
+    partner = tl.where(low, channel + HALF, channel - HALF)
+    x = tl.load(base + row * DIM + channel, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(base + row * DIM + partner, mask=turning, other=0.0).to(tl.float32)
+    return x * cos + tl.where(low, -other, other) * sin
 
 
 @triton.jit
-def _quantized(x, scale, EIGHT: tl.constexpr):
-    """`x` in float8 of its `scale` [heads, 1], or as it is."""
-    return (x.to(tl.float32) / scale).to(tl.float8e4nv) if EIGHT else x
+def _store_float8(
+    x, out_ptr, scale_ptr, cached, channel, is_row, DIM: tl.constexpr, LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Quantise the rows `x` [rows, DIM] and store them as the cache's rows `cached` [rows, 1]."""
+    wide = x.to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(wide), 1)[:, None] / LARGEST, SMALLEST)
+    eight = (wide / scale).to(tl.float8e4nv)
+    tl.store(out_ptr + cached * DIM + channel, eight, mask=is_row & (channel < DIM))
+    tl.store(scale_ptr + cached, scale, mask=is_row)
 
 
 @triton.jit
@@ -121,10 +138,13 @@ def _rope_and_cache_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, places_ptr,
     head_stride,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, KV_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """One program a token: [heads, HALF] tiles of both halves, then the channels that pass."""
-    EIGHT: tl.constexpr = k_scale_ptr is not None
+    """One program a token: [heads, HALF] tiles of both halves, then the channels that pass.
+
+    With scales the tiles are of queries alone; keys and values follow as whole rows.
+    """
     token = tl.program_id(0).to(tl.int64)
     place = tl.load(places_ptr + token)
     head = tl.arange(0, HEADS)[:, None]
@@ -141,42 +161,40 @@ def _rope_and_cache_kernel(
     second = tl.load(base + HALF + lane, mask=turning, other=0.0).to(tl.float32)
     low = (first * cos - second * sin).to(q_ptr.dtype.element_ty)
     high = (second * cos + first * sin).to(q_ptr.dtype.element_ty)
-    scale = 1.0
-    if EIGHT:
-        scale = tl.maximum(_largest(low), _largest(high))
-        if DIM > 2 * HALF:
-            for start in tl.static_range(2 * HALF, DIM, BLOCK):
-                passing = is_k & (start + lane < DIM)
-                scale = tl.maximum(scale, _largest(tl.load(base + start + lane, passing, 0.0)))
-        scale = tl.maximum(scale / LARGEST, SMALLEST)
-        row = (head - NUM_HEADS).to(tl.int64) * (head_stride // DIM) + place
-        tl.store(k_scale_ptr + row, scale, mask=is_k)
     tl.store(q_out + lane, low, mask=turning & is_q)
     tl.store(q_out + HALF + lane, high, mask=turning & is_q)
-    tl.store(k_out + lane, _quantized(low, scale, EIGHT), mask=turning & is_k)
-    tl.store(k_out + HALF + lane, _quantized(high, scale, EIGHT), mask=turning & is_k)
+    if k_scale_ptr is None:
+        tl.store(k_out + lane, low, mask=turning & is_k)
+        tl.store(k_out + HALF + lane, high, mask=turning & is_k)
     if DIM > 2 * HALF:
         for start in tl.static_range(2 * HALF, DIM, BLOCK):
             rest = start + lane
             passing = (is_q | is_k) & (rest < DIM)
             same = tl.load(base + rest, mask=passing, other=0.0)
             tl.store(q_out + rest, same, mask=passing & is_q)
-            tl.store(k_out + rest, _quantized(same, scale, EIGHT), mask=passing & is_k)
-    is_v = (head >= NUM_HEADS + NUM_KV) & (head < NUM_HEADS + 2 * NUM_KV)
-    v_head = (head - NUM_HEADS - NUM_KV).to(tl.int64)
-    v_out = v_ptr + v_head * head_stride + place * DIM
-    if EIGHT:
-        scale = tl.zeros([HEADS, 1], tl.float32)
+            if k_scale_ptr is None:
+                tl.store(k_out + rest, same, mask=passing & is_k)
+    if k_scale_ptr is None:
+        is_v = (head >= NUM_HEADS + NUM_KV) & (head < NUM_HEADS + 2 * NUM_KV)
+        v_head = (head - NUM_HEADS - NUM_KV).to(tl.int64)
+        v_out = v_ptr + v_head * head_stride + place * DIM
         for start in tl.static_range(0, DIM, BLOCK):
-            inside = is_v & (start + lane < DIM)
-            scale = tl.maximum(scale, _largest(tl.load(base + start + lane, inside, 0.0)))
-        scale = tl.maximum(scale / LARGEST, SMALLEST)
-        tl.store(v_scale_ptr + v_head * (head_stride // DIM) + place, scale, mask=is_v)
-    for start in tl.static_range(0, DIM, BLOCK):
-        channel = start + lane
-        inside = is_v & (channel < DIM)
-        value = tl.load(base + channel, mask=inside, other=0.0)
-        tl.store(v_out + channel, _quantized(value, scale, EIGHT), mask=inside)
+            channel = start + lane
+            inside = is_v & (channel < DIM)
+            tl.store(v_out + channel, tl.load(base + channel, mask=inside, other=0.0), mask=inside)
+    else:
+        keys = qkv_ptr + (token * (NUM_HEADS + 2 * NUM_KV) + NUM_HEADS) * DIM
+        row = tl.arange(0, KV_ROWS)[:, None]
+        channel = tl.arange(0, BLOCK_D)[None, :]
+        is_row = row < NUM_KV
+        cached = row.to(tl.int64) * (head_stride // DIM) + place
+        key = _rotated_keys(
+            keys, cos_ptr + token * HALF, sin_ptr + token * HALF, row, channel, is_row, DIM, HALF
+        ).to(q_ptr.dtype.element_ty)
+        _store_float8(key, k_ptr, k_scale_ptr, cached, channel, is_row, DIM, LARGEST, SMALLEST)
+        values = keys + (NUM_KV + row) * DIM + channel
+        value = tl.load(values, mask=is_row & (channel < DIM), other=0.0)
+        _store_float8(value, v_ptr, v_scale_ptr, cached, channel, is_row, DIM, LARGEST, SMALLEST)
 
 
 def _rope_and_cache_triton(
@@ -197,8 +215,8 @@ def _rope_and_cache_triton(
         _rope_and_cache_kernel[(len(qkv),)](
             qkv, cos, sin, q, keys, values, k_scale, v_scale, places, keys.stride(0),
             NUM_HEADS=num_heads, NUM_KV=num_kv_heads, DIM=dim, HALF=half,
-            HEADS=next_power_of_2(num_heads + 2 * num_kv_heads),
-            BLOCK=max(16, next_power_of_2(half)), LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
-            num_warps=4,
+            HEADS=next_power_of_2(num_heads + (2 * num_kv_heads if k_scale is None else 0)),
+            BLOCK=max(16, next_power_of_2(half)), KV_ROWS=next_power_of_2(num_kv_heads),
+            BLOCK_D=next_power_of_2(dim), LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE, num_warps=4,
         )  # fmt: skip
     return q

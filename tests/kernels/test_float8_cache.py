@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,9 @@ from pipeline.kernels.rope import rope_and_cache, rope_and_cache_reference
 
 PLACES, KV_HEADS, HEADS, SCALE = 900, 2, 14, 0.1
 RUNS = (
-    Run(0, 150, ((300, 150),), ((5, 20), (100, 50))),
-    Run(150, 70, ((1, 90), (500, 33), (95, 70))),
-    Run(220, 9, ((500, 33), (240, 9))),
+    Run(0, 110, ((300, 110),), ((5, 20), (60, 50))),
+    Run(110, 70, ((1, 90), (500, 33), (95, 70))),
+    Run(180, 9, ((500, 33), (240, 9))),
 )
 LANES = (
     ((1, 200), (300, 150), (700, 9)),
@@ -38,7 +39,7 @@ LANES = (
     ((0, 0), (0, 0), (840, 5)),
     ((0, 0), (0, 0), (0, 0)),
 )
-KINDS = ((None, None), (None, 2.5), (17, None), (280, 2.5))
+KINDS = ((None, None), (None, 2.5), (280, None))
 
 
 def cache(dim: int, dtype: torch.dtype, device: str, spread: float) -> Quantized:
@@ -57,7 +58,7 @@ def check(device: str = "cpu") -> None:
     # NOTE: the interpreter cuts bfloat16 off in place of rounding it.
     half = torch.float16 if os.environ.get("TRITON_INTERPRET") else torch.bfloat16
     for dim, dtype in ((32, torch.float32), (24, torch.float16), (128, half)):
-        check_attention(device, dim, dtype)
+        check_attention(device, dim, dtype, KINDS if dim < 128 else KINDS[2:])
         check_write(device, dim, dtype)
 
 
@@ -69,14 +70,14 @@ def near(found: Tensor, expected: Tensor, rounded: Tensor) -> None:
     assert error <= limit, (error, limit, expected.abs().max())
 
 
-def check_attention(device: str, dim: int, dtype: torch.dtype) -> None:
+def check_attention(device: str, dim: int, dtype: torch.dtype, kinds: Sequence[Any]) -> None:
     torch.manual_seed(0)
     k, v = cache(dim, dtype, device, 0), cache(dim, dtype, device, 2)
-    q = torch.randn(229, HEADS, dim, device=device).to(dtype)
+    q = torch.randn(189, HEADS, dim, device=device).to(dtype)
     few = q[: len(LANES)].contiguous()
     plan = prefill_plan_for(RUNS, q)
     table = torch.tensor(LANES, dtype=torch.int32, device=device)
-    for window, softcap in KINDS:
+    for window, softcap in kinds:
         kind = (SCALE, window, softcap)
         found = prefill_attention(q, k, v, plan, *kind)
         with references():
