@@ -52,6 +52,11 @@ def split_pairs(packed, ASM: tl.constexpr):
 
 
 @triton.jit
+def _added(acc, fade, weight, values):
+    return acc * fade[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+
+
+@triton.jit
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, seg_ptr, part_ptr, stat_ptr, num_rows, scale,
     num_splits, num_parts,
@@ -98,12 +103,9 @@ def _decode_kernel(
         scores = tl.where(valid[None, :], scores, float("-inf"))
         best, norm, weight, fade = weigh(best, norm, scores, scale)
         weight *= lifted(row_scales(v_scale_ptr, cached, valid, COPIES))[None, :]
-        weight = weight.to(q_even.dtype)
         v_even, v_odd = split_pairs(tl.load(v_ptr + offset, mask=mask, other=0), ASM)
-        even = even * fade[:, None]
-        even += tl.dot(weight, v_even.to(weight.dtype), input_precision="ieee")
-        odd = odd * fade[:, None]
-        odd += tl.dot(weight, v_odd.to(weight.dtype), input_precision="ieee")
+        even = _added(even, fade, weight, v_even.to(q_even.dtype))
+        odd = _added(odd, fade, weight, v_odd.to(q_odd.dtype))
     # NOTE: rows past GROUP are padding; an empty chunk leaves norm 0 and best -inf.
     channel = tl.arange(0, BLOCK_D)
     out_row = head_row.to(tl.int64) * num_parts + split

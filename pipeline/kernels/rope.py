@@ -134,6 +134,26 @@ def _store_float8(
 
 
 @triton.jit
+def _put_float8(
+    qkv, cos_ptr, sin_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, place, num_rows,
+    NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    KV_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Write the keys and values of the token at `qkv`; a head has `num_rows` rows in the cache."""
+    row = tl.arange(0, KV_ROWS)[:, None]
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    is_row = row < NUM_KV
+    cached = row.to(tl.int64) * num_rows + place
+    base = qkv + NUM_HEADS * DIM
+    key = _rotated_keys(base, cos_ptr, sin_ptr, row, channel, is_row, DIM, HALF)
+    key = key.to(qkv.dtype.element_ty)
+    _store_float8(key, k_ptr, k_scale_ptr, cached, channel, is_row, DIM, LARGEST, SMALLEST)
+    values = base + (NUM_KV + row) * DIM + channel
+    value = tl.load(values, mask=is_row & (channel < DIM), other=0.0)
+    _store_float8(value, v_ptr, v_scale_ptr, cached, channel, is_row, DIM, LARGEST, SMALLEST)
+
+
+@triton.jit
 def _rope_and_cache_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, places_ptr,
     head_stride,
@@ -183,18 +203,11 @@ def _rope_and_cache_kernel(
             inside = is_v & (channel < DIM)
             tl.store(v_out + channel, tl.load(base + channel, mask=inside, other=0.0), mask=inside)
     else:
-        keys = qkv_ptr + (token * (NUM_HEADS + 2 * NUM_KV) + NUM_HEADS) * DIM
-        row = tl.arange(0, KV_ROWS)[:, None]
-        channel = tl.arange(0, BLOCK_D)[None, :]
-        is_row = row < NUM_KV
-        cached = row.to(tl.int64) * (head_stride // DIM) + place
-        key = _rotated_keys(
-            keys, cos_ptr + token * HALF, sin_ptr + token * HALF, row, channel, is_row, DIM, HALF
-        ).to(q_ptr.dtype.element_ty)
-        _store_float8(key, k_ptr, k_scale_ptr, cached, channel, is_row, DIM, LARGEST, SMALLEST)
-        values = keys + (NUM_KV + row) * DIM + channel
-        value = tl.load(values, mask=is_row & (channel < DIM), other=0.0)
-        _store_float8(value, v_ptr, v_scale_ptr, cached, channel, is_row, DIM, LARGEST, SMALLEST)
+        _put_float8(
+            qkv_ptr + token * (NUM_HEADS + 2 * NUM_KV) * DIM, cos_ptr + token * HALF,
+            sin_ptr + token * HALF, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, place,
+            head_stride // DIM, NUM_HEADS, NUM_KV, DIM, HALF, KV_ROWS, BLOCK_D, LARGEST, SMALLEST,
+        )  # fmt: skip
 
 
 def _rope_and_cache_triton(

@@ -160,18 +160,18 @@ def test_kernels_on_a_gpu() -> None:
     check("cuda")
 
 
-@pytest.mark.gpu
-def test_pairs_of_every_float8_number() -> None:
-    """The instructions of the decode kernel give what the format says."""
-    numbers = torch.arange(256, dtype=torch.uint8, device="cuda").view(FP8)
-    rows = torch.zeros(1, 256, 128, dtype=FP8, device="cuda")
-    rows[0, :, 0] = numbers
-    rows[0, :, 1] = numbers.flip(0)
-    found = Quantized(rows, torch.ones(1, 256, 1, device="cuda"))
-    table = torch.stack([torch.arange(256), torch.ones(256)], 1)[:, None].int().cuda()
-    q = torch.zeros(256, 1, 128, dtype=torch.bfloat16, device="cuda")
-    out = decode_attention(q, found, found, plan_decode(table, 1), 1.0)
-    torch.testing.assert_close(out[:, 0].float(), rows[0].float(), equal_nan=True)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_float8_number_is_read(device: str) -> None:
+    """The instructions of the decode kernel give what the format says, NaN too."""
+    numbers = torch.arange(256, dtype=torch.uint8, device=device).view(FP8)
+    rows = torch.zeros(1, 256, 128, dtype=FP8, device=device)
+    rows[0, :, 0], rows[0, :, 1] = numbers, numbers.view(torch.uint8).flip(0).view(FP8)
+    scale = torch.ones(1, 256, 1, device=device)
+    k, v = Quantized(torch.zeros_like(rows), scale), Quantized(rows, scale)
+    table = torch.stack([torch.arange(256), torch.ones(256)], 1)[:, None].int().to(device)
+    q = torch.zeros(256, 1, 128, dtype=torch.bfloat16, device=device)
+    out = decode_attention(q, k, v, plan_decode(table, 1), 1.0)[:, 0].float()
+    torch.testing.assert_close(out, rows[0].float(), equal_nan=True)
 
 
 def test_interpreted_kernels(root: Path) -> None:
