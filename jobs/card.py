@@ -46,10 +46,9 @@ def write_card(
 def _joined(other: Joined) -> str:
     """How the answers of a joined run folder were made."""
     manifest = other.manifest
-    settings = {"generation": manifest.config.get("generation"), "model": manifest.config["model"]}
     return (
         f"## Joined answers `{other.label}`\n\nOf `{manifest.model.get('id')}`, job fingerprint "
-        f"`{manifest.fingerprint}`.\n\n{_prompts(manifest.config)}\n\n{_block(settings)}\n"
+        f"`{manifest.fingerprint}`.\n\n{_prompts(manifest.config)}\n\n{_block(_settings(manifest.config))}\n"
     )
 
 
@@ -75,7 +74,7 @@ def _body(manifest: Manifest, schema: pa.Schema, num_rows: int, states: Counter[
         "## Prompts",
         _prompts(config),
         "## Settings",
-        _block({"generation": config.get("generation"), "model": config.get("model")}),
+        _block(_settings(config)),
         "## Columns",
         _columns(schema, config),
         "## Made with",
@@ -84,6 +83,13 @@ def _body(manifest: Manifest, schema: pa.Schema, num_rows: int, states: Counter[
         + ".",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Those that change answers."""
+    found = {key: config.get(key) for key in ("generation", "model")}
+    cache = (config.get("engine") or {}).get("kv_cache", "auto")
+    return found if cache == "auto" else found | {"engine": {"kv_cache": cache}}
 
 
 def _prompts(config: dict[str, Any]) -> str:

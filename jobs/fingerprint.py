@@ -32,6 +32,7 @@ _MODEL_FIELDS = (
     "chat_template", "dtype", "quantization", "max_pixels", "min_pixels", "pan_and_scan",
 )  # fmt: skip
 _ENGINE_FIELDS = ("deterministic", "max_context")
+_LATER_FIELDS = {"kv_cache": "auto"}  # of the engine; as they were in older run folders
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def fingerprint(config: JobConfig, checkpoint: Mapping[str, str] | str) -> Finge
     values |= {f"input.{name}": getattr(config.input, name) for name in _INPUT_FIELDS}
     values |= {f"video.{name}": value for name, value in config.video.model_dump().items()}
     values |= {f"engine.{name}": getattr(config.engine, name) for name in _ENGINE_FIELDS}
+    for name, before in _LATER_FIELDS.items():
+        if (value := getattr(config.engine, name)) != before:
+            values[f"engine.{name}"] = value
     values |= {f"generation.{k}": v for k, v in config.generation.model_dump().items()}
     values["system"] = config.system
     values["prompts"] = list(config.prompts)  # the columns' order

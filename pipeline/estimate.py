@@ -163,7 +163,20 @@ class _Work:
     vision_flops: float = 0.0
     prefill_flops: float = 0.0
     decode_bytes: float = 0.0  # of keys and values, over all steps
-    largest: float = 0.0  # keys and values that one row keeps
+    largest: float = 0.0  # bytes of keys and values that one row keeps
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Bytes of what a token and an image state keep in the cache."""
+
+    token: int
+    state: int
+
+    @classmethod
+    def of(cls, sizes: ModelSizes, settings: LabelSettings) -> _Kept:
+        size, float8 = _DTYPE_BYTES[settings.model.dtype], settings.engine.kv_cache == "fp8"
+        return cls(sizes.kv_bytes_per_token(size, float8), sizes.values_per_state * size)
 
 
 def estimate(
@@ -183,14 +196,14 @@ def estimate(
     preparer = Preparer(settings, family, tokenizer, Unstored(), loader.load)
     planner = Planner(settings.engine, shares=family.fused, whole_images=family.images_reach_back)
     result = Estimate(family.name, family.fused, total, 0, {}, PlanStats(), 0, 0, 0)
-    work = _Work()
+    work, kept = _Work(), _Kept.of(family.sizes, settings)
     bands: dict[int, Band] = {}
     read = loader.ahead(islice(rows, max_rows), lambda row: True)
     for requests in _windows(preparer, read, result):
         plan = planner.plan(requests)
         result.stats.add(plan.stats)
         _add_bands(plan, bands)
-        _add_work(plan, family.sizes, work)
+        _add_work(plan, family.sizes, kept, work)
     loader.close()
     preparer.close()
     if max_rows is None or result.rows_read < min(max_rows, total):
@@ -268,7 +281,7 @@ def _add_bands(plan: Plan, bands: dict[int, Band]) -> None:
         band.rectangle += longest * len(groups)
 
 
-def _add_work(plan: Plan, sizes: ModelSizes, work: _Work) -> None:
+def _add_work(plan: Plan, sizes: ModelSizes, kept: _Kept, work: _Work) -> None:
     for item in plan.items:
         for image in item.images:
             work.vision_flops += _vision_flops(sizes, image.layout)
@@ -287,11 +300,9 @@ def _add_work(plan: Plan, sizes: ModelSizes, work: _Work) -> None:
                 else:
                     work.video_tokens += image.layout.num_tokens
             work.output_tokens += new
-            work.decode_bytes += new * (request.num_tokens + new / 2) * sizes.kv_values_per_token
-            states = sum(image.layout.num_states for image in request.images)
-            work.decode_bytes += new * states * sizes.values_per_state
-            kept = (request.num_tokens + new) * sizes.kv_values_per_token
-            work.largest = max(work.largest, kept + states * sizes.values_per_state)
+            states = kept.state * sum(image.layout.num_states for image in request.images)
+            work.decode_bytes += new * ((request.num_tokens + new / 2) * kept.token + states)
+            work.largest = max(work.largest, (request.num_tokens + new) * kept.token + states)
 
 
 def _vision_flops(sizes: ModelSizes, layout: ImageLayout) -> float:
@@ -322,12 +333,12 @@ def _add_cost(
     weights = sizes.num_bytes(value_bytes, model.quantization == "fp8")
     weights_fp8 = sizes.num_bytes(value_bytes, float8=True)
     usable = card.memory_gb * 1e9 * settings.engine.memory_fraction - weights - WORKSPACE_BYTES
-    row_bytes = work.largest * value_bytes
+    row_bytes = work.largest
     slots = max(0, min(MAX_SLOTS, int(usable // max(row_bytes, 1))))
     result.memory = Memory(
         card_gb=card.memory_gb,
         weights_gb=weights / 1e9,
-        kv_bytes_per_token=sizes.kv_values_per_token * value_bytes,
+        kv_bytes_per_token=_Kept.of(sizes, settings).token,
         kv_gb_per_row=row_bytes / 1e9,
         slots=slots,
         fits=slots > 0,
@@ -337,7 +348,7 @@ def _add_cost(
     if slots and result.fused:
         scale = result.rows / result.rows_read / 3600
         speed = card.tflops * 1e12
-        steps_bytes = work.output_tokens / slots * weights + work.decode_bytes * value_bytes
+        steps_bytes = work.output_tokens / slots * weights + work.decode_bytes
         vision = work.vision_flops / (speed * card.vision_share) * scale
         prefill = work.prefill_flops / (speed * card.prefill_share) * scale
         decode = steps_bytes / (card.bandwidth_gb * 1e9 * card.decode_share) * scale

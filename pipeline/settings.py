@@ -149,7 +149,7 @@ class GenerationSettings(Settings):
 
 
 class EngineSettings(Settings):
-    """How the device is used; nothing here changes an answer but `deterministic`."""
+    """How the device is used; nothing here changes an answer but `deterministic` and `kv_cache`."""
 
     device: str = Field(
         "auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N."
@@ -166,6 +166,9 @@ class EngineSettings(Settings):
         "auto", description="Image decoding processes."
     )
     max_context: int | None = Field(None, ge=1, description="Prompt and answer tokens at most.")
+    kv_cache: Literal["auto", "fp8"] = Field(
+        "auto", description="`auto` is the model's dtype; fp8: keys and values in a byte each."
+    )
     overlap: bool = Field(True, description="Prepare the next step while the device works.")
     share_prefix: bool = Field(True, description="Compute the tokens that all rows share once.")
     share_images: bool = Field(True, description="Read an image once for all of its prompts.")

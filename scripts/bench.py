@@ -139,7 +139,7 @@ def run_labeller(
         measure.cap_memory(args.memory_limit)
     found = measure.measure(chosen, warmups, loads)
     row = summary.row(found, device)
-    return row | summary.of_the_limit(found, model, device, options, args.roofline)
+    return row | summary.of_the_limit(found, model, device, options, engine, args.roofline)
 
 
 def run_job(

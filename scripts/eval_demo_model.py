@@ -78,7 +78,13 @@ def ask_transformers(folder: Path, rows: list[dict], device: str) -> Answers:
     return out
 
 
-def ask_ours(folder: Path, rows: list[dict], device: str, quantization: str = "none") -> Answers:
+def ask_ours(
+    folder: Path,
+    rows: list[dict],
+    device: str,
+    quantization: str = "none",
+    kv_cache: str = "auto",
+) -> Answers:
     """Greedy answers of this package."""
     sys.path.insert(0, str(ROOT))
     from pipeline.labeller import Labeller
@@ -97,7 +103,7 @@ def ask_ours(folder: Path, rows: list[dict], device: str, quantization: str = "n
                 for name, text in {**PROMPTS, "answer": "{question}"}.items()
             },
             "generation": {"temperature": 0.0},
-            "engine": {"device": device},
+            "engine": {"device": device, "kv_cache": kv_cache},
         }
     )
 

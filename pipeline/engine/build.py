@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.kernels.backend import set_invariant
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.family import Family
+from pipeline.models.fp8 import check_device
 from pipeline.models.loading import load_model
 from pipeline.settings import EngineSettings, LabelSettings
 from pipeline.tokenizer import Tokenizer
@@ -63,6 +64,8 @@ def build_engine(
     """Load the model and divide the device. Raises UserError, EngineError."""
     device = choose_device(settings.engine)
     dtype = choose_dtype(settings.model.dtype, device)
+    if settings.engine.kv_cache == "fp8":
+        check_device(device, "engine.kv_cache", "auto")
     check_weights_fit(family.sizes, settings, device, dtype)
     with torch.inference_mode():
         set_invariant(settings.engine.deterministic)

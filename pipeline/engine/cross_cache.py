@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.engine.extents import Extent, ExtentPool
 from pipeline.engine.kv_cache import NUM_TRASH, KVCache
+from pipeline.kernels.cached_rows import CachedRows, put_rows
 from pipeline.kernels.decode_attention import (
     DecodePlan,
     choose_splits,
@@ -145,8 +146,8 @@ class CrossCache:
             cross = self.model.decoder.layers[layer].cross
             assert cross is not None
             keys, values = cross(states)
-            self.cache.keys(number).index_copy_(1, places, keys.transpose(0, 1))
-            self.cache.values(number).index_copy_(1, places, values.transpose(0, 1))
+            put_rows(self.cache.keys(number), places, keys)
+            put_rows(self.cache.values(number), places, values)
 
     # 2. prefill
 
@@ -219,7 +220,7 @@ class StepCross:
         seeing = self.seeing if last is None else self.seeing.index_select(0, last)
         return seeing[:, None]
 
-    def _cross(self, q: Tensor, k: Tensor, v: Tensor, last: Tensor | None) -> Tensor:
+    def _cross(self, q: Tensor, k: CachedRows, v: CachedRows, last: Tensor | None) -> Tensor:
         q = q if last is None else q.index_select(0, last)
         return decode_attention(q, k, v, self.views, self.owner.model.decoder.config.scale)
 
@@ -240,13 +241,14 @@ class PrefillCross(StepCross):
         self.plan = plan
         self.hidden = hidden
 
-    def _cross(self, q: Tensor, k: Tensor, v: Tensor, last: Tensor | None) -> Tensor:
+    def _cross(self, q: Tensor, k: CachedRows, v: CachedRows, last: Tensor | None) -> Tensor:
         if last is not None:
             return super()._cross(q, k, v, last)
         if self.plan is None:
             return torch.zeros_like(q)
+        rows = cast("tuple[Tensor, Tensor]", (k, v))  # image states are never float8
         scale = self.owner.model.decoder.config.scale
-        out = prefill_attention(q.contiguous(), k, v, self.plan, scale)
+        out = prefill_attention(q.contiguous(), *rows, self.plan, scale)
         return out if self.hidden is None else out.masked_fill_(self.hidden[:, None, None], 0)
 
 

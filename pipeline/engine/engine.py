@@ -60,7 +60,7 @@ class Engine:
         self.outcomes = outcomes
         self.cache = KVCache(
             c.num_cached_layers, c.num_kv_heads, sizes.num_places, c.head_dim, model.dtype,
-            model.device, latent=c.mla is not None,
+            model.device, latent=c.mla is not None, float8=settings.kv_cache == "fp8",
         )  # fmt: skip
         self.slots = Slots(sizes.num_slots, model.device)
         pool = ExtentPool(NUM_TRASH, sizes.num_places)

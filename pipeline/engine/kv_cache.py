@@ -1,13 +1,18 @@
 """Keys and values of all layers: one flat row of token places a KV head.
 
-With latent attention a token has one compressed row a layer, which is key and value. Place 0 is the
-trash place: lanes without work write there and nothing reads it. Knows no sequence.
+With latent attention a token has one compressed row a layer, which is key and value. Rows may be
+float8, each with a scale of its own. Place 0 is the trash place: lanes without work write there and
+nothing reads it. Knows no sequence.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from pipeline.kernels.cached_rows import CachedRows
+from pipeline.kernels.fp8 import FP8, Quantized
+from pipeline.models.family import cached_bytes
 
 NUM_TRASH = 1
 
@@ -24,18 +29,33 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         latent: bool = False,
+        float8: bool = False,
     ) -> None:
         parts = 1 if latent else 2
         shape = (num_layers, parts, num_kv_heads, num_places + NUM_TRASH, head_dim)
+        assert not (latent and float8), "the family says so before"
         # NOTE: zeros, because the trash place must never hold a NaN.
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.data = torch.zeros(shape, dtype=FP8 if float8 else dtype, device=device)
+        self.scales = torch.zeros((*shape[:-1], 1), device=device) if float8 else None
         self.num_places = num_places
 
-    def keys(self, layer: int) -> Tensor:
-        return self.data[layer, 0]
+    @property
+    def float8(self) -> bool:
+        return self.scales is not None
 
-    def values(self, layer: int) -> Tensor:
-        return self.data[layer, 1]
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def keys(self, layer: int) -> CachedRows:
+        return self._part(layer, 0)
+
+    def values(self, layer: int) -> CachedRows:
+        return self._part(layer, 1)
+
+    def _part(self, layer: int, part: int) -> CachedRows:
+        values = self.data[layer, part]
+        return values if self.scales is None else Quantized(values, self.scales[layer, part])
 
     def rows(self, layer: int) -> Tensor:
         """The compressed rows [N, D] of latent attention."""
@@ -43,6 +63,12 @@ class KVCache:
 
     @staticmethod
     def bytes_per_place(
-        num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int, latent: bool = False
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        itemsize: int,
+        latent: bool = False,
+        float8: bool = False,
     ) -> int:
-        return (1 if latent else 2) * num_layers * num_kv_heads * head_dim * itemsize
+        rows = (1 if latent else 2) * num_layers * num_kv_heads
+        return rows * cached_bytes(head_dim, itemsize, float8)

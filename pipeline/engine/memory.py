@@ -36,11 +36,12 @@ class EngineSizes:
     num_state_places: int = 0  # for image states, where layers attend to them
 
 
-def place_bytes(model: Model) -> int:
+def place_bytes(model: Model, float8: bool = False) -> int:
+    """Bytes of one token's keys and values; `float8` as in `engine.kv_cache`."""
     c = model.decoder.config
     layers, size = c.num_cached_layers, model.dtype.itemsize
     return KVCache.bytes_per_place(
-        layers, c.num_kv_heads, c.head_dim, size, latent=c.mla is not None
+        layers, c.num_kv_heads, c.head_dim, size, c.mla is not None, float8
     )
 
 
@@ -82,10 +83,11 @@ def size_engine(model: Model, settings: EngineSettings) -> EngineSizes:
     free = free_bytes(model.device, settings)
     states = states_of_an_image(model)
     typical = TYPICAL_TEXT if states else SHORT_SEQUENCE
-    image, text = states * state_bytes(model), typical * place_bytes(model)
+    place = place_bytes(model, settings.kv_cache == "fp8")
+    image, text = states * state_bytes(model), typical * place
     while True:
         spare = free - activation_bytes(model, tokens, wanted)
-        places = spare * text // (text + image) // place_bytes(model)
+        places = spare * text // (text + image) // place
         if places >= wanted * typical or (slots != "auto" and places >= tokens):
             break
         if settings.prefill_tokens == "auto" and tokens > 2_048 and places < 2 * tokens:
@@ -103,7 +105,7 @@ def size_engine(model: Model, settings: EngineSettings) -> EngineSizes:
     places = int(min(places, limit))
     if not states:
         return EngineSizes(wanted, tokens, places)
-    num_states = (spare - places * place_bytes(model)) // state_bytes(model)
+    num_states = (spare - places * place) // state_bytes(model)
     return EngineSizes(wanted, tokens, places, min(num_states, wanted * MAX_IMAGES * states))
 
 

@@ -7,6 +7,8 @@ of that layer reads them, so a piece may build on another of the same batch. Kno
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,7 +17,9 @@ from torch import Tensor
 from pipeline.engine.cross_cache import CrossCache
 from pipeline.engine.kv_cache import KVCache
 from pipeline.engine.schedule import Piece
+from pipeline.kernels.cached_rows import plain_rows
 from pipeline.kernels.decode_attention import DecodePlan, decode_attention, plan_decode
+from pipeline.kernels.fp8 import Quantized
 from pipeline.kernels.mla_attention import mla_decode, mla_prefill, mla_rope_and_cache
 from pipeline.kernels.prefill_attention import (
     PrefillPlan,
@@ -33,16 +37,26 @@ MAX_IMAGE_TOKENS = 4_096  # of one pass of the image tower; more is no faster
 
 
 class PrefillAttend:
-    """`Attend` of one batch; in the last layer, only the rows `last` ask."""
+    """`Attend` of one batch; in the last layer, only the rows `last` ask.
+
+    Of a float8 cache, `plan` is over the rows at `gathered`, which are made plain for each layer.
+    """
 
     def __init__(
-        self, cache: KVCache, places: Tensor, plan: PrefillPlan, last_plan: DecodePlan, model: Model
+        self,
+        cache: KVCache,
+        places: Tensor,
+        plan: PrefillPlan,
+        last_plan: DecodePlan,
+        model: Model,
+        gathered: Tensor | None = None,
     ) -> None:
         self.cache = cache
         self.places = places
         self.plan = plan
         self.last_plan = last_plan
         self.config = model.decoder.config
+        self.gathered = gathered
 
     def __call__(
         self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, last: Tensor | None
@@ -54,7 +68,10 @@ class PrefillAttend:
         c = self.config
         window = c.window(layer)
         if last is None:
-            return prefill_attention(q, k, v, self.plan, c.scale, window, c.softcap).flatten(1)
+            rows = cast("tuple[Tensor, Tensor]", (k, v))
+            if self.gathered is not None:
+                rows = plain_rows(cast(Quantized, k), cast(Quantized, v), self.gathered, q.dtype)
+            return prefill_attention(q, *rows, self.plan, c.scale, window, c.softcap).flatten(1)
         # NOTE: a prompt's last token closes its span, if it stands in one: it sees no later key.
         q = q.index_select(0, last)
         return decode_attention(q, k, v, self.last_plan, c.scale, window, c.softcap).flatten(1)
@@ -126,16 +143,36 @@ def prefill(
             ends.append(base - 1)
             segments.append(own)
     last = to_device(torch.tensor(ends, dtype=torch.int64), device)
+    gathered = None
+    if cache.float8:
+        runs, rows = gather_runs(runs)
+        gathered = upload(rows, device)
     where = None if features is None else upload(image_places(pieces), device)
     x = model.embed(upload(tokens, device), features, where)
     attend: Attend = PrefillAttend(
         cache, upload(places.astype(np.int64), device), prefill_plan_for(runs, x),
-        _last_plan(segments, device), model,
+        _last_plan(segments, device), model, gathered,
     )  # fmt: skip
     if cross is not None:
         attend = cross.prefill(attend, pieces, x)
     hidden = model.decoder(x, upload(positions.astype(np.int64), device), attend, last)
     return model.decoder.logits(hidden)
+
+
+def gather_runs(runs: Seq[Run]) -> tuple[list[Run], np.ndarray]:
+    """The runs over rows that stand one after another, and the places int64 [n] of these rows."""
+    starts: dict[tuple[int, int], int] = {}
+    places = [np.zeros(0, np.int64)]
+    found, size = [], 0
+    for run in runs:
+        for start, length in run.segments:
+            if (start, length) not in starts:
+                starts[start, length] = size
+                places.append(np.arange(start, start + length, dtype=np.int64))
+                size += length
+        segments = tuple((starts[segment], segment[1]) for segment in run.segments)
+        found.append(replace(run, segments=segments))
+    return found, np.concatenate(places)
 
 
 def _last_plan(segments: list[tuple[tuple[int, int], ...]], device: torch.device) -> DecodePlan:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.backend import next_power_of_2, shared_memory, tl, triton
+from pipeline.kernels.cached_rows import CachedRows, parts
 from pipeline.kernels.decode_attention import BLOCK_KV, DecodePlan, join_splits, launch_decode
-from pipeline.kernels.flash_parts import block_scores, fold_block
+from pipeline.kernels.flash_parts import block_scores, fold_block, lowered, narrow
 from pipeline.kernels.prefill_attention import WIDE_BYTES
 
 ROWS = 64  # query heads of lanes in one tile
@@ -45,8 +46,8 @@ def lanes_per_item(num_heads: int, num_kv_heads: int) -> int:
 
 def cascade_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: CachedRows,
+    v: CachedRows,
     alone: DecodePlan,
     shared: SharedReads,
     scale: float,
@@ -62,18 +63,20 @@ def cascade_attention(
     stages = 3
     if dim > 128:
         stages = 2 if shared_memory(q.device) >= WIDE_BYTES else 1
-    _shared_kernel[(len(shared.items), k.shape[0], shared.num_chunks)](
-        q, k, v, shared.items, part, stat, k.stride(0), scale, num_parts, alone.num_splits,
-        HQ=num_heads, GROUP=num_heads // k.shape[0], DIM=dim, LANES=shared.items.shape[1] - 3,
-        ROWS=ROWS, BLOCK_D=max(16, next_power_of_2(dim)), BLOCK=BLOCK_KV, SOFTCAP=softcap or 0.0,
-        num_warps=4, num_stages=stages,
+    (keys, k_scale), (values, v_scale) = parts(k), parts(v)
+    _shared_kernel[(len(shared.items), len(keys), shared.num_chunks)](
+        q, keys, values, k_scale, v_scale, shared.items, part, stat, keys.stride(0), scale,
+        num_parts, alone.num_splits, HQ=num_heads, GROUP=num_heads // len(keys), DIM=dim,
+        LANES=shared.items.shape[1] - 3, ROWS=ROWS, BLOCK_D=max(16, next_power_of_2(dim)),
+        BLOCK=BLOCK_KV, SOFTCAP=softcap or 0.0, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return join_splits(part, stat, torch.empty_like(q))
 
 
 @triton.jit
 def _shared_kernel(
-    q_ptr, k_ptr, v_ptr, items_ptr, part_ptr, stat_ptr, head_stride, scale, num_parts, first_part,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, items_ptr, part_ptr, stat_ptr, head_stride,
+    scale, num_parts, first_part,
     HQ: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -96,19 +99,26 @@ def _shared_kernel(
     q_mask = is_row[:, None] & (channel[None, :] < DIM)
     q_row = (column * HQ + head).to(tl.int64)
     q = tl.load(q_ptr + q_row[:, None] * DIM + channel[None, :], mask=q_mask, other=0.0)
+    if k_scale_ptr is not None:
+        q = narrow(q)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     base = kv_head.to(tl.int64) * head_stride + start * DIM
+    first = kv_head.to(tl.int64) * (head_stride // DIM) + start
     for begin in range(chunk * size, stop, BLOCK):
         key = begin + tl.arange(0, BLOCK)
-        mask = (key < stop)[:, None] & (channel[None, :] < DIM)
+        known = key < stop
+        mask = known[:, None] & (channel[None, :] < DIM)
         offset = base + key[:, None] * DIM + channel[None, :]
         keys = tl.load(k_ptr + offset, mask=mask, other=0.0)
-        scores = block_scores(q, keys, scale, SOFTCAP)
-        scores = tl.where((key < stop)[None, :], scores, float("-inf"))
-        values = tl.load(v_ptr + offset, mask=mask, other=0.0)
-        best, norm, acc = fold_block(best, norm, acc, scores, values, scale)
+        scores = block_scores(q, keys, scale, SOFTCAP, k_scale_ptr, first + key, known)
+        scores = tl.where(known[None, :], scores, float("-inf"))
+        values = tl.load(v_ptr + offset, mask=mask, other=0.0).to(q.dtype)
+        best, norm, acc = fold_block(
+            best, norm, acc, scores, values, scale, v_scale_ptr, first + key, known
+        )
+    acc = lowered(acc, v_scale_ptr)
     out_row = q_row * num_parts + first_part + tl.load(item) * num_chunks + chunk
     part = part_ptr + out_row[:, None] * DIM + channel[None, :]
     tl.store(part, acc / norm[:, None], mask=q_mask)

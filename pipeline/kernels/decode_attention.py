@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.kernels.backend import invariant, next_power_of_2, tl, triton, use_triton
+from pipeline.kernels.cached_rows import CachedRows, take_rows
+from pipeline.kernels.decode_float8 import launch_decode_float8
 from pipeline.kernels.flash_parts import block_scores, fold_block, lane_length, lane_places
+from pipeline.kernels.fp8 import Quantized
 
 BLOCK_KV = 64
 INVARIANT_SPLITS = 4  # of each length, where neither lanes nor memory may matter
@@ -74,8 +77,8 @@ def choose_splits(num_lanes: int, num_kv_heads: int, max_length: int, device: to
 
 def decode_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: CachedRows,
+    v: CachedRows,
     plan: DecodePlan,
     scale: float,
     window: int | None = None,
@@ -92,8 +95,8 @@ def decode_attention(
 
 def decode_attention_reference(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: CachedRows,
+    v: CachedRows,
     plan: DecodePlan,
     scale: float,
     window: int | None = None,
@@ -101,10 +104,9 @@ def decode_attention_reference(
 ) -> Tensor:
     assert plan.index is not None
     mask = plan.mask_of(window)
-    groups = q.shape[1] // k.shape[0]
-    keys, values = (_gathered(x, plan.index) for x in (k, v))
+    keys, values = (_gathered(x, plan.index, q.dtype) for x in (k, v))
     # NOTE: the query heads of one KV head stand as rows, so that no key is repeated.
-    rows = q.view(len(q), k.shape[0], groups, q.shape[-1])
+    rows = q.view(len(q), keys.shape[1], -1, q.shape[-1])
     if softcap is None:
         out = functional.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
     else:
@@ -112,11 +114,9 @@ def decode_attention_reference(
     return torch.nan_to_num(out).reshape(q.shape) if not mask.all() else out.reshape(q.shape)
 
 
-def _gathered(x: Tensor, index: Tensor) -> Tensor:
+def _gathered(x: CachedRows, index: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` [Hk, N, D] at `index` [B, L] -> [B, Hk, L, D]."""
-    # NOTE: index_select copies whole rows; indexing with a tensor takes five times as long.
-    picked = x.index_select(1, index.flatten())
-    return picked.view(len(x), *index.shape, x.shape[-1]).transpose(0, 1)
+    return take_rows(x, index.flatten(), dtype).unflatten(1, index.shape).transpose(0, 1)
 
 
 def capped_attention(
@@ -201,8 +201,8 @@ def _join_kernel(
 
 def _decode_triton(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: CachedRows,
+    v: CachedRows,
     plan: DecodePlan,
     scale: float,
     window: int | None,
@@ -221,8 +221,8 @@ def _decode_triton(
 
 def launch_decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: CachedRows,
+    v: CachedRows,
     plan: DecodePlan,
     scale: float,
     part: Tensor,
@@ -233,11 +233,19 @@ def launch_decode(
 ) -> None:
     """Fill the first `plan.num_splits` of `num_parts` parts, and their log sums."""
     lanes, num_heads, dim = q.shape
-    num_kv_heads, block_d = k.shape[0], max(16, next_power_of_2(dim))
     if lanes == 0:
         return
+    q = q.contiguous()
+    if isinstance(k, Quantized):
+        assert isinstance(v, Quantized)
+        launch_decode_float8(
+            q, k, v, plan.segments, plan.num_splits, scale, part, stat, num_parts, window, softcap
+        )
+        return
+    assert not isinstance(v, Quantized)
+    num_kv_heads, block_d = k.shape[0], max(16, next_power_of_2(dim))
     _decode_kernel[(lanes, num_kv_heads, plan.num_splits)](
-        q.contiguous(), k, v, plan.segments, part, part if stat is None else stat, k.stride(0),
+        q, k, v, plan.segments, part, part if stat is None else stat, k.stride(0),
         scale, plan.num_splits, num_parts, HQ=num_heads, HK=num_kv_heads, DIM=dim,
         SEGMENTS=plan.segments.shape[1],
         ROWS=max(16, next_power_of_2(num_heads // num_kv_heads)), BLOCK_D=block_d,

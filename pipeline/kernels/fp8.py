@@ -46,11 +46,12 @@ def quantize_rows(x: Tensor, pieces: int = 1) -> Quantized:
 
 
 def quantize_rows_reference(x: Tensor, pieces: int = 1) -> Quantized:
-    depth = x.shape[1]
+    depth = x.shape[-1]
     width = piece_width(depth, pieces)
-    wide = functional.pad(x.float(), (0, width * pieces - depth)).view(len(x), pieces, width)
+    wide = functional.pad(x.float(), (0, width * pieces - depth)).unflatten(-1, (pieces, width))
     scale = (wide.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(SMALLEST_SCALE)
-    return Quantized((wide / scale).to(FP8).flatten(1)[:, :depth].contiguous(), scale.squeeze(2))
+    values = (wide / scale).to(FP8).flatten(-2)[..., :depth].contiguous()
+    return Quantized(values, scale.squeeze(-1))
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.kernels.fp8 import quantize_rows_reference
 from pipeline.kernels.rope import rotate
 from pipeline.models.decoder import Decoder, DecoderConfig, embed_tokens
 from pipeline.rows import ImageLayout
@@ -80,12 +81,19 @@ def image_spans(model: Model, tokens: np.ndarray) -> tuple[tuple[int, int], ...]
 class DenseAttend:
     """Causal attention of one sequence in plain torch; consecutive calls continue the sequence.
 
-    `spans` are (start, length) ranges of the first call's tokens that see each other.
+    `spans` are (start, length) ranges of the first call's tokens that see each other. With
+    `float8` keys and values are seen as a cache in float8 gives them back.
     """
 
-    def __init__(self, config: DecoderConfig, spans: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        spans: Sequence[tuple[int, int]] = (),
+        float8: bool = False,
+    ) -> None:
         self.config = config
         self.spans = spans
+        self.float8 = float8
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
@@ -107,6 +115,9 @@ class DenseAttend:
         return self._attention(q, k, v, at, c.window(layer)).flatten(1)
 
     def _append(self, store: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+        if self.float8:
+            values, scale = quantize_rows_reference(new)
+            new = (values.float() * scale).to(new.dtype)
         store[layer] = torch.cat([store[layer], new]) if layer in store else new
         return store[layer]
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.tokenizer import Tokenizer
 
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SCALE_BYTES = 4  # of a key or value in float8
 GREEDY_BELOW = 1e-5  # a checkpoint's temperature of 1e-6 means greedy
 
 
@@ -64,6 +65,18 @@ class ModelSizes:
     def kv_values_per_token(self) -> int:
         row = self.latent_values or 2 * self.num_kv_heads * self.head_dim
         return self.num_layers * row
+
+    def kv_bytes_per_token(self, value_bytes: int, float8: bool = False) -> int:
+        """Bytes of a token's keys and values; `float8` as in `engine.kv_cache`."""
+        if self.latent_values:
+            return self.num_layers * cached_bytes(self.latent_values, value_bytes, float8)
+        rows = 2 * self.num_layers * self.num_kv_heads
+        return rows * cached_bytes(self.head_dim, value_bytes, float8)
+
+
+def cached_bytes(num_values: int, value_bytes: int, float8: bool) -> int:
+    """Bytes of one key or value of a head in the cache; in float8 it has a scale."""
+    return num_values + SCALE_BYTES if float8 else num_values * value_bytes
 
 
 def decoder_sizes(text: Mapping[str, Any], tied: bool = False) -> dict[str, int]:
@@ -165,7 +178,7 @@ class Family(ABC):
 
 
 def check_inputs(family: Family, settings: LabelSettings) -> None:
-    """Raises the UserError of a job whose inputs the family does not take."""
+    """Raises the UserError of a job whose inputs, schemas or cache the family does not take."""
     for kind, column in (("video", settings.input.video), ("audio", settings.input.audio)):
         if column is not None and kind not in family.takes:
             raise UserError(
@@ -174,6 +187,10 @@ def check_inputs(family: Family, settings: LabelSettings) -> None:
             )
     for name, prompt in settings.prompts.items():
         check_schema(name, prompt)
+    if settings.engine.kv_cache == "fp8" and (family.sizes.latent_values or not family.fused):
+        raise UserError(
+            f"engine.kv_cache fp8 is not supported for {family.name} models; write `kv_cache: auto`"
+        )
 
 
 def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:

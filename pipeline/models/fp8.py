@@ -73,12 +73,14 @@ class Fp8GatedMLP(GatedMLP):
         return self.down(swiglu_fp8(both, self.down.pieces(len(both))))
 
 
-def check_device(device: torch.device) -> None:
-    """Raises: UserError where the device cannot multiply float8."""
+def check_device(
+    device: torch.device, setting: str = "model.quantization", other: str = "none"
+) -> None:
+    """Raises: UserError where the device has no float8; `other` is what to write then."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(
-            "model.quantization fp8 needs a GPU of compute capability 8.9 or newer; "
-            "write `quantization: none`."
+            f"{setting} fp8 needs a GPU of compute capability 8.9 or newer; "
+            f"write `{setting.rpartition('.')[2]}: {other}`."
         )
 
 

@@ -1,9 +1,12 @@
 """What fp8 costs in accuracy: the error of the logits, and right answers lost by the shipped model.
 
-Both models read the same prompts and the same answers (the model's own truths, or random tokens for
-random weights), so that each position's logits can be compared one by one.
+Of float8 weights, or with `--kv-cache fp8` of keys and values in float8 alone (with `--quantization
+fp8` beside it, of both). Both models read the same prompts and the same answers (the model's own
+truths, or random tokens for random weights), so that each position's logits can be compared one by
+one.
 
     python -m scripts.bench.fp8 --model demo --rows 200
+    python -m scripts.bench.fp8 --model demo --rows 200 --kv-cache fp8
     python -m scripts.bench.fp8 --model /dev/shm/vlm-batch-7b --rows 8
 """
 
@@ -32,6 +35,12 @@ from scripts import eval_demo_model  # noqa: E402
 from scripts.bench import results, workloads  # noqa: E402
 
 NUM_RANDOM_TOKENS = 64
+NAMES = {  # of the result rows, by weights and cache
+    ("none", "auto"): "fp8_none",
+    ("fp8", "auto"): "fp8",
+    ("none", "fp8"): "fp8_cache",
+    ("fp8", "fp8"): "fp8_both",
+}
 
 
 def requests(
@@ -71,8 +80,13 @@ def _rows(model: str, num_rows: int) -> tuple[list[bytes], list[str]]:
 
 
 @torch.inference_mode()
-def logits(model: Model, request: Any, image: np.ndarray, answer: list[int]) -> torch.Tensor:
-    """[answer + 1, V] in float32: what the model says after the prompt and after each token."""
+def logits(
+    model: Model, float8: bool, request: Any, image: np.ndarray, answer: list[int]
+) -> torch.Tensor:
+    """[answer + 1, V] in float32: what the model says after the prompt and after each token.
+
+    With `float8` it sees keys and values in float8.
+    """
     device = model.device
     (placed,) = request.images
     pixels = torch.from_numpy(image).to(device)
@@ -82,9 +96,8 @@ def logits(model: Model, request: Any, image: np.ndarray, answer: list[int]) -> 
     after = request.next_position + torch.arange(len(answer)).expand(model.num_axes, -1)
     positions = torch.cat([torch.from_numpy(request.positions).long(), after], 1).to(device)
     decoder = model.decoder
-    hidden = decoder(
-        model.embed(tokens, features, where), positions, DenseAttend(decoder.config), None
-    )
+    attend = DenseAttend(decoder.config, float8=float8)
+    hidden = decoder(model.embed(tokens, features, where), positions, attend, None)
     return decoder.logits(hidden[-len(answer) - 1 :]).float().cpu()
 
 
@@ -100,25 +113,33 @@ def compare(plain: torch.Tensor, quantized: torch.Tensor) -> dict[str, float]:
     }
 
 
-def measure(settings: ModelSettings, num_rows: int, device: str) -> dict[str, Any]:
+def measure(
+    settings: ModelSettings, num_rows: int, device: str, weights: str, cache: str
+) -> dict[str, Any]:
     """Means over all positions of all rows."""
     checkpoint = Checkpoint.open(settings)
     family = family_for(checkpoint, settings)
     dtype = choose_dtype(settings.dtype, torch.device(device))
     with torch.inference_mode():
-        models = [load_model(checkpoint, family, device, dtype, q) for q in ("none", "fp8")]
+        plain = load_model(checkpoint, family, device, dtype)
+        other = plain
+        if weights != "none":
+            other = load_model(checkpoint, family, device, dtype, weights)
     found = [
-        compare(*(logits(model, *one) for model in models))
+        compare(logits(plain, False, *one), logits(other, cache == "fp8", *one))
         for one in requests(settings, num_rows, checkpoint, family)
     ]
     return {key: round(float(np.mean([f[key] for f in found])), 5) for key in found[0]}
 
 
-def accuracy(num_rows: int, device: str) -> dict[str, Any]:
+def accuracy(num_rows: int, device: str, weights: str, cache: str) -> dict[str, Any]:
     """Shares of exact answers of the model that ships, plain and quantised."""
     folder = ROOT / "pipeline" / "demo"
     rows = eval_demo_model.read(folder / "data" / "scenes.parquet", num_rows)
-    plain, quantized = (eval_demo_model.ask_ours(folder, rows, device, q) for q in ("none", "fp8"))
+    plain, quantized = (
+        eval_demo_model.ask_ours(folder, rows, device, *kind)
+        for kind in (("none", "auto"), (weights, cache))
+    )
     found = eval_demo_model.lost(rows, plain, quantized, "fp8")
     return {key: found[key] for key in ("same_text", "accuracy")}
 
@@ -129,19 +150,25 @@ def main() -> int:
     )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--kv-cache", choices=["auto", "fp8"], default="auto")
+    parser.add_argument(
+        "--quantization", choices=["none", "fp8"], help="fp8 by default, none beside --kv-cache fp8"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=results.FILE)
     parser.add_argument("--no-record", action="store_true")
     args = parser.parse_args()
+    cache = args.kv_cache
+    weights = args.quantization or ("fp8" if cache == "auto" else "none")
     row = {
-        "name": "fp8",
+        "name": NAMES[weights, cache],
         **results.surroundings(args.device, "scripts/bench/fp8.py"),
         "model": args.model,
         "rows": args.rows,
-        **measure(ModelSettings(id=args.model), args.rows, args.device),
+        **measure(ModelSettings(id=args.model), args.rows, args.device, weights, cache),
     }
     if args.model == "demo":
-        row |= accuracy(args.rows, args.device)
+        row |= accuracy(args.rows, args.device, weights, cache)
     results.append(row, None if args.no_record else args.results)
     return 0
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.models.family import cached_bytes
+
 if TYPE_CHECKING:
     from pipeline.models.family import ModelSizes
 
@@ -109,10 +111,10 @@ class Shapes:
         """Attention of one query to one key over all layers: the product and the sum."""
         return 4.0 * self.layers * self.heads * self.head_dim
 
-    @property
-    def kv_bytes(self) -> int:
-        """Keys and values of one token in two-byte numbers."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+    def kv_bytes(self, value_bytes: int = 2, float8: bool = False) -> int:
+        """Keys and values of one token; `float8` as in `engine.kv_cache`."""
+        rows = 2 * self.layers * self.kv_heads
+        return rows * cached_bytes(self.head_dim, value_bytes, float8)
 
     def vision_flops(self, num_patches: int) -> float:
         """The vision tower and the projector for one image."""
@@ -140,7 +142,7 @@ class Shapes:
 
     def decode_flops(self, num_prompt: int, num_output: int) -> float:
         steps = max(0, num_output - 1)  # the first token comes out of the prefill
-        pairs = steps * num_prompt + steps * (steps + 1) / 2
+        pairs = read_tokens(num_prompt, num_output)
         return steps * (self.token_flops + self.head_flops) + pairs * self.pair_flops
 
     @property
@@ -148,30 +150,46 @@ class Shapes:
         """The numbers that a decode step reads of the decoder and its head."""
         return (self.token_flops + self.head_flops) / 2
 
-    def decode_bytes(self, num_prompt: int, num_output: int) -> float:
-        """Keys and values that decoding reads; the weights' share depends on the slots."""
-        steps = max(0, num_output - 1)
-        return self.kv_bytes * (steps * num_prompt + steps * (steps + 1) / 2)
+
+def read_tokens(num_prompt: int, num_output: int) -> float:
+    """Tokens whose keys and values decoding reads; the weights' share depends on the slots."""
+    steps = max(0, num_output - 1)
+    return steps * num_prompt + steps * (steps + 1) / 2
 
 
-def work(shapes: Shapes, patches: Iterable[int], answers: Iterable[tuple[int, int, int]]) -> Work:
-    """Sum the work over distinct images' patches and answers (prompt, cached, output)."""
+def work(
+    shapes: Shapes,
+    patches: Iterable[int],
+    answers: Iterable[tuple[int, int, int]],
+    value_bytes: int = 2,
+    float8: bool = False,
+) -> Work:
+    """Sum the work over distinct images' patches and answers (prompt, cached, output).
+
+    `value_bytes` and `float8` say how the cache holds keys and values.
+    """
     rows, images = list(answers), list(patches)
+    kept = shapes.kv_bytes(value_bytes, float8)
     return Work(
         vision=sum(shapes.vision_flops(n) for n in images),
         prefill=sum(shapes.prefill_flops(prompt, cached) for prompt, cached, _ in rows),
         decode=sum(shapes.decode_flops(prompt, output) for prompt, _, output in rows),
-        decode_bytes=sum(shapes.decode_bytes(prompt, output) for prompt, _, output in rows),
+        decode_bytes=kept * sum(read_tokens(prompt, output) for prompt, _, output in rows),
         vision_attention=sum(shapes.vision_attention_flops(n) for n in images),
         prefill_attention=sum(shapes.prefill_attention_flops(p, cached) for p, cached, _ in rows),
     )
 
 
 def work_of_sizes(
-    sizes: ModelSizes, image_tokens: Iterable[int], answers: Iterable[tuple[int, int, int]]
+    sizes: ModelSizes,
+    image_tokens: Iterable[int],
+    answers: Iterable[tuple[int, int, int]],
+    value_bytes: int = 2,
+    float8: bool = False,
 ) -> Work:
     """As `work`, from what a family tells of its weights: for those without `Shapes`."""
     token = 2.0 * (sizes.active_params or sizes.decoder_params)
+    kept = sizes.kv_bytes_per_token(value_bytes, float8)
     pair = 4.0 * sizes.num_layers * sizes.num_heads * sizes.head_dim
     vision = vision_attention = prefill = prefill_attention = decode = decode_bytes = 0.0
     for count in image_tokens:
@@ -184,9 +202,9 @@ def work_of_sizes(
         new, steps = prompt - cached, max(0, output - 1)
         prefill += new * token + sizes.embedding_params
         prefill_attention += (new * cached + new * (new + 1) / 2) * pair
-        pairs = steps * prompt + steps * (steps + 1) / 2
+        pairs = read_tokens(prompt, output)
         decode += steps * (token + sizes.embedding_params) + pairs * pair
-        decode_bytes += 2.0 * sizes.kv_values_per_token * pairs
+        decode_bytes += kept * pairs
     return Work(
         vision + vision_attention, prefill + prefill_attention, decode, decode_bytes,
         vision_attention, prefill_attention,

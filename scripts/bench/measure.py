@@ -201,11 +201,16 @@ def _reset_peak(labeller: Any) -> None:
 
 
 def needed_work(
-    repetition: Repetition, model: str, options: dict[str, Any]
+    repetition: Repetition,
+    model: str,
+    options: dict[str, Any],
+    value_bytes: int = 2,
+    float8: bool = False,
 ) -> tuple[Work, Shapes | None] | None:
     """The floating point work of a repetition's answers; None for a family that tells no sizes.
 
     The shapes are Qwen-VL's; for other families the work follows from their sizes alone.
+    `value_bytes` and `float8` are those of keys and values in the cache.
     """
     from pipeline.models.checkpoint import Checkpoint
     from pipeline.models.registry import family_for
@@ -222,9 +227,10 @@ def needed_work(
     except KeyError:
         if not family.sizes.num_params:
             return None
-        return work_of_sizes(family.sizes, [x.num_tokens for x in layouts], answers), None
+        tokens = [x.num_tokens for x in layouts]
+        return work_of_sizes(family.sizes, tokens, answers, value_bytes, float8), None
     patches = [frames * rows * columns for frames, rows, columns in (x.grid for x in layouts)]
-    return work(shapes, patches, answers), shapes
+    return work(shapes, patches, answers, value_bytes, float8), shapes
 
 
 def limit_share(repetition: Repetition, needed: Work, peaks: Peaks) -> float:

@@ -30,14 +30,23 @@ def _rows() -> tuple[Row, ...]:
 
 
 def latest(name: str, **wanted: Any) -> Row | None:
-    """The last row of that name whose fields are as wanted; quantization is none unless named."""
-    wanted = {"quantization": "none"} | wanted
+    """The last row of that name whose fields are as wanted.
+
+    Quantization is none and the cache in the model's type unless named.
+    """
+    wanted = {"quantization": "none", "kv_cache": "auto"} | wanted
     fit = [
         row
         for row in _rows()
-        if row["name"] == name and all(row.get(k, "none") == v for k, v in wanted.items())
+        if row["name"] == name and all(_field(row, k) == v for k, v in wanted.items())
     ]
     return fit[-1] if fit else None
+
+
+def _field(row: Row, name: str) -> Any:
+    if name == "kv_cache":
+        return row.get("engine", {}).get("kv_cache", "auto")
+    return row.get(name, "none")
 
 
 def on_gpu(work: str, quantization: str = "none", model: str = "random 7b") -> Row | None:
@@ -167,16 +176,22 @@ def _family_notes() -> list[str]:
 
 
 def _fp8_notes() -> list[str]:
-    row = latest("fp8", model="demo")
-    if row is None:
-        return []
+    named = (("fp8", "fp8"), ("fp8_cache", "fp8 for keys and values alone (`engine.kv_cache`)"))
+    return [
+        _fp8_note(row, what)
+        for name, what in named
+        if (row := latest(name, model="demo")) is not None
+    ]
+
+
+def _fp8_note(row: Row, what: str) -> str:
     before, after = (sum(pair[i] for pair in row["accuracy"].values()) for i in (0, 1))
     points = 100 * (before - after) / len(row["accuracy"])
-    return [
-        f"fp8 on the model that ships: logits off by {row['logit_error']:.1%}, "
+    return (
+        f"{what} on the model that ships: logits off by {row['logit_error']:.1%}, "
         f"{row['same_text']:.1%} of the answers letter for letter the same, "
         f"{points:.1f} points of right answers lost."
-    ]
+    )
 
 
 def _ratio(row: Row | None) -> str:

@@ -40,11 +40,14 @@ def of_the_limit(
     model: str,
     device: str,
     options: dict[str, Any],
+    engine: dict[str, Any],
     with_stages: bool,
 ) -> dict[str, Any]:
     """The share of the card's bf16 peak, and with it each stage beside its own ceiling."""
     last = found.repetitions[-1]
-    needed = measure.needed_work(last, model, options)
+    size = 2 if device.startswith("cuda") else 4
+    float8 = engine.get("kv_cache") == "fp8"
+    needed = measure.needed_work(last, model, options, size, float8)
     if needed is None:
         return {"share_of_peak": None}
     work, shapes = needed
@@ -57,8 +60,8 @@ def of_the_limit(
     if with_stages and shapes is not None:
         kind = options.get("quantization", "none")
         measured = ceilings.measure(shapes, device, peaks, kind)
-        size = BYTES[kind] if device.startswith("cuda") else 4
-        stages = roofline.stages(last, work, shapes, measured, size)
+        weight = BYTES[kind] if device.startswith("cuda") else 4
+        stages = roofline.stages(last, work, shapes, measured, weight)
         print("\n".join(roofline.lines(stages, last)), file=sys.stderr, flush=True)
         row["roofline"] = stages
     return row

@@ -104,7 +104,7 @@ class Bench:
 
     def engine(self) -> Any:
         engine = build_engine(self.settings, self.checkpoint, self.family, self.tokenizer)
-        held = engine.cache.data.nbytes
+        held = engine.cache.nbytes
         assert held <= CARD_SHARE, f"a cache of {held >> 20} MiB; name fewer decode_slots"
         return engine
 

@@ -33,9 +33,10 @@ OTHERS: dict[str, Callable[[Path], Path]] = {
     "janus": write_janus,
 }
 DEVICES = [
-    pytest.param(("cpu", "none"), id="cpu"),
-    pytest.param(("cuda", "none"), id="cuda", marks=pytest.mark.gpu),
-    pytest.param(("cuda", "fp8"), id="cuda-fp8", marks=pytest.mark.gpu),
+    pytest.param(("cpu", "none", "auto"), id="cpu"),
+    pytest.param(("cuda", "none", "auto"), id="cuda", marks=pytest.mark.gpu),
+    pytest.param(("cuda", "fp8", "auto"), id="cuda-fp8", marks=pytest.mark.gpu),
+    pytest.param(("cuda", "none", "fp8"), id="cuda-fp8-cache", marks=pytest.mark.gpu),
 ]
 
 
@@ -46,21 +47,25 @@ def _as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-def test_same_bits_in_every_arrangement(folder: Path, kind: tuple[str, str]) -> None:
+def test_same_bits_in_every_arrangement(folder: Path, kind: tuple[str, str, str]) -> None:
     check_bits(folder, *kind)
 
 
 @pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("family", OTHERS)
-def test_same_bits_in_other_families(family: str, kind: tuple[str, str], tmp_path: Path) -> None:
+def test_same_bits_in_other_families(
+    family: str, kind: tuple[str, str, str], tmp_path: Path
+) -> None:
     check_bits(OTHERS[family](tmp_path / "model"), *kind)
 
 
-def check_bits(folder: Path, device: str, quantization: str) -> None:
+def check_bits(folder: Path, device: str, quantization: str, kv_cache: str) -> None:
     """The first tokens' logits have the same bits on a GPU, and all texts are the same."""
     texts, bits = [], []
     for arrangement in ARRANGEMENTS:
-        bench = Bench.open(folder, device=device, deterministic=True, **arrangement)
+        bench = Bench.open(
+            folder, device=device, deterministic=True, kv_cache=kv_cache, **arrangement
+        )
         bench = bench.with_model(quantization=quantization)
         engine = bench.engine()
         assert invariant()

@@ -43,10 +43,15 @@ def changed(**over: Any) -> list[str]:
         ({"input": {"image": "picture"}}, ["input.image"]),
         ({"input": {"keep": ["url"]}}, ["input.keep"]),
         ({"engine": {"deterministic": True}}, ["engine.deterministic"]),
+        ({"engine": {"kv_cache": "fp8"}}, ["engine.kv_cache"]),
     ],
 )
 def test_what_changes_an_answer_counts(over: dict[str, Any], fields: list[str]) -> None:
     assert changed(**over) == fields
+
+
+def test_a_setting_that_older_run_folders_lack_counts_when_it_is_used() -> None:
+    assert "engine.kv_cache" not in fingerprint(make_config(), IDENTITY).fields
 
 
 @pytest.mark.parametrize(

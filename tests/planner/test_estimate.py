@@ -71,13 +71,15 @@ def folder(tmp_path: Path) -> Path:
 
 def run(
     monkeypatch: pytest.MonkeyPatch, folder: Path, count: int = 40, broken: bool = False,
-    size: tuple[int, int] = (1024, 768), prompts: Any = None, **options: Any,
+    size: tuple[int, int] = (1024, 768), prompts: Any = None, kv_cache: str = "auto",
+    **options: Any,
 ) -> tuple[Estimate, FakeSource]:  # fmt: skip
     source = FakeSource(count, broken, size)
     monkeypatch.setattr(sources, "open_source", lambda *a, **k: source, raising=False)
     settings = LabelSettings(
-        model={"id": str(folder)}, input={"path": "x"}, prompts=prompts or {"a": "Describe."}
-    )
+        model={"id": str(folder)}, input={"path": "x"}, prompts=prompts or {"a": "Describe."},
+        engine={"kv_cache": kv_cache},
+    )  # fmt: skip
     return estimate(settings, **options), source
 
 
@@ -161,3 +163,13 @@ def test_weight_bytes_by_type() -> None:
     half, full, quantized = (sizes.num_bytes(*each) for each in ((2, False), (4, False), (2, True)))
     assert full == 2 * half
     assert quantized == half - sizes.decoder_params
+
+
+def test_a_cache_in_float8_keeps_more_rows(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    plain, eight = (run(monkeypatch, folder, kv_cache=kind)[0].memory for kind in ("auto", "fp8"))
+    assert plain is not None
+    assert eight is not None
+    share = (128 + 4) / 256  # a head's 128 values and a scale
+    assert eight.kv_bytes_per_token == share * plain.kv_bytes_per_token
+    assert eight.kv_gb_per_row == pytest.approx(share * plain.kv_gb_per_row)
+    assert eight.weights_gb == plain.weights_gb

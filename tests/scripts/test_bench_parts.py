@@ -60,6 +60,14 @@ def test_work_of_a_caption_is_what_was_counted_by_hand() -> None:
     assert 794e12 / found.flops == pytest.approx(38, abs=0.5)
 
 
+def test_a_cache_in_float8_is_read_in_half_the_bytes() -> None:
+    shapes = Shapes.of(QWEN_7B)
+    plain, eight = (work(shapes, [], [(1026, 0, 128)], 2, float8) for float8 in (False, True))
+    assert shapes.kv_bytes() == 2 * 28 * 4 * 128 * 2
+    assert eight.decode_bytes / plain.decode_bytes == pytest.approx((128 + 4) / 256)
+    assert eight.flops == plain.flops
+
+
 def test_cached_tokens_are_no_work() -> None:
     shapes = Shapes.of(QWEN_7B)
     assert shapes.prefill_flops(1000, 990) < shapes.prefill_flops(1000, 0) / 50

@@ -46,8 +46,14 @@ def test_the_feeder_alone() -> None:
     assert len(row["resident_mb"]) == 20
 
 
-def test_fp8_changes_little() -> None:
-    row = _run("scripts/bench/fp8.py", "--rows", "2")
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [((), "fp8"), (("--kv-cache", "fp8"), "fp8_cache")],
+    ids=["weights", "cache"],
+)
+def test_fp8_changes_little(options: tuple[str, ...], name: str) -> None:
+    row = _run("scripts/bench/fp8.py", "--rows", "2", *options)
+    assert row["name"] == name
     assert 0 < row["logit_error"] < 0.1
     assert row["top1_agreement"] > 0.9
 
