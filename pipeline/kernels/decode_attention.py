@@ -106,7 +106,8 @@ def decode_attention_reference(
     mask = plan.mask_of(window)
     keys, values = (_gathered(x, plan.index, q.dtype) for x in (k, v))
     # NOTE: the query heads of one KV head stand as rows, so that no key is repeated.
-    rows = q.view(len(q), keys.shape[1], -1, q.shape[-1])
+    groups = q.shape[1] // keys.shape[1]
+    rows = q.view(len(q), keys.shape[1], groups, q.shape[-1])
     if softcap is None:
         out = functional.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
     else:

@@ -36,13 +36,11 @@ class Tile(NamedTuple):
 # By the most rows they serve: for products that may come in parts, and for those that may not.
 # Chosen on an H200 (scripts/bench/LOG.md); beyond 256 rows the library is as good.
 PART_TILES = {
-    16: Tile(128, 16, 5, 4, 1),
     32: Tile(128, 32, 5, 4, 1),
     64: Tile(128, 64, 8, 4, 1),
     256: Tile(128, 64, 4, 4, 2),
 }
 WHOLE_TILES = {
-    16: Tile(64, 16, 8, 4, 2),
     32: Tile(64, 32, 8, 4, 2),
     64: Tile(64, 64, 8, 4, 1),
     256: Tile(64, 64, 4, 4, 3),
@@ -139,7 +137,7 @@ def split_matmul(
         _split_kernel[(tiles_m * (columns // plan.block_n), plan.pieces)](
             _descriptor(a, plan.block_m), _descriptor(b, plan.block_n), bias, a_scale, b_scale, out,
             rows, columns, depth, each, tiles_m,
-            HAS_BIAS=bias is not None, PIECES=plan.pieces,
+            HAS_BIAS=bias is not None,
             BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, BLOCK_K=BLOCK_BYTES,
             num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
@@ -153,10 +151,11 @@ def _descriptor(x: Tensor, block: int) -> Any:
     return TensorDescriptor.from_tensor(x, [block, BLOCK_BYTES])
 
 
+# NOTE: nothing that changes with the number of rows is a constant: each would be compiled anew.
 @triton.jit(do_not_specialize=["rows", "each", "tiles_m"])
 def _split_kernel(
     a, b, bias_ptr, a_scale_ptr, b_scale_ptr, out_ptr, rows, columns, depth, each, tiles_m,
-    HAS_BIAS: tl.constexpr, PIECES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # The weights stand on the left: they fill the matrix units, however few rows there are.
@@ -172,7 +171,7 @@ def _split_kernel(
     m = top + tl.arange(0, BLOCK_M)
     n = left + tl.arange(0, BLOCK_N)
     present = m < rows
-    by_row = tl.load(a_scale_ptr + m * PIECES + piece, mask=present, other=0.0)
+    by_row = tl.load(a_scale_ptr + m * tl.num_programs(1) + piece, mask=present, other=0.0)
     acc *= tl.load(b_scale_ptr + n)[:, None] * by_row[None, :]
     if HAS_BIAS:
         if piece == 0:

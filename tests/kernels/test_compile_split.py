@@ -27,7 +27,7 @@ def test_a_tile(tile: Tile, pieces: int) -> None:
     kernel: Any = _split_kernel
     names = kernel.arg_names
     constants = {
-        "HAS_BIAS": True, "PIECES": pieces,
+        "HAS_BIAS": True,
         "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_K": 128,
     }  # fmt: skip
     kinds = {
