@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.kernels.head_norm import norm_heads
 from pipeline.kernels.split_matmul import whole
 from pipeline.models.cross import CrossParts, Shape, StateKeys, quantize_cross
@@ -71,6 +72,8 @@ def common_config(text: Mapping[str, Any], rope: RopeConfig, **differences: Any)
     """Read the keys that all text configs share; a family adds its `differences`."""
     heads = text["num_attention_heads"]
     head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    if rope.dim != head_dim and "mla" not in differences:
+        raise UserError("partial_rotary_factor in the model's config is not supported.")
     values: dict[str, Any] = {
         "num_layers": text["num_hidden_layers"],
         "hidden_size": text["hidden_size"],

@@ -37,10 +37,14 @@ def rope_config(
     text: Mapping[str, Any], head_dim: int, default_theta: float = 10000.0
 ) -> RopeConfig:
     """Read the rotary settings of a text config."""
-    scaling = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    given = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    scaling = {key: value for key, value in given.items() if value is not None}
     theta = scaling.get("rope_theta", text.get("rope_theta") or default_theta)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    scaling.setdefault("original_max_position_embeddings", text.get("max_position_embeddings"))
+    longest = text.get("max_position_embeddings")
+    length = scaling.setdefault("original_max_position_embeddings", longest)
+    if kind == "yarn" and "factor" in given and longest and length:
+        scaling.setdefault("factor", longest / length)
     share = scaling.get("partial_rotary_factor") or text.get("partial_rotary_factor") or 1.0
     return RopeConfig(
         theta=float(theta),

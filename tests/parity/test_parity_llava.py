@@ -293,3 +293,69 @@ def test_a_tower_that_is_nowhere_is_named(tmp_path: Path) -> None:
     (folder / "clip-tiny" / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="clip-tiny"):
         open_found(folder)
+
+
+YARN = {"type": "yarn", "factor": None, "original_max_position_embeddings": 64}
+ODD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a kind of attention for each layer": (
+        "next-qwen",
+        {},
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
+    ),
+    "biases that Mistral has none of": (
+        "1.6-mistral",
+        {},
+        {"attention_bias": True, "mlp_bias": True},
+    ),
+    "yarn by its lengths": ("1.6", {}, {"rope_scaling": YARN}),
+    "two ropes": (
+        "1.6",
+        {},
+        {
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        },
+    ),
+    "a SigLIP's first patch left out": (
+        "onevision",
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "vision_feature_select_strategy": "default",
+        },
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@torch.inference_mode()
+def test_an_odd_twin(tmp_path: Path, name: str) -> None:
+    """What transformers' classes read in a config.json, and nobody's hub copy says."""
+    kind, changes, text = ODD[name]
+    path = write_twin(tmp_path, kind) / "config.json"
+    config = json.loads(path.read_text()) | changes
+    config["text_config"] |= text
+    path.write_text(json.dumps(config))
+    ours = open_found(tmp_path)
+    theirs: Any = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    prompt = prompt_of(ours, PROMPTS["wide"])
+    inputs = _their_inputs(kind, prompt)
+    if "architectures" in changes:
+        inputs["pixel_values"] = inputs["pixel_values"][:, 0]
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    assert difference(our_logits(ours, prompt), theirs(**inputs).logits[0]) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_a_projector_of_one_numbered_layer(tmp_path: Path) -> None:
+    folder = write_original(tmp_path, "1.6")
+    config = json.loads((folder / "config.json").read_text()) | {"mm_projector_type": "mlp1x_gelu"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for part in ("weight", "bias"):
+        set_tensor(folder, f"model.mm_projector.2.{part}", None)
+    assert len(open_found(folder).projector.layers) == 1

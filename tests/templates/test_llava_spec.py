@@ -233,6 +233,102 @@ def test_a_crop_of_an_extreme_image_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "bad_aspect_ratio"
 
 
+def test_a_line_that_pools_to_nothing_is_refused(tmp_path: Path) -> None:
+    few = {"image_aspect_ratio": "anyres_max_1", "image_grid_pinpoints": "(1x1),...,(40x1)"}
+    family = full_size(tmp_path / "a", "onevision", **ORIGINAL_OV | few)
+    with pytest.raises(RowError) as caught:
+        family.layout(60000, 10)
+    assert caught.value.code == "bad_aspect_ratio"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mm_newline_position": "grid"}, {"mm_spatial_pool_mode": "average"}]
+)
+def test_videos_pooled_otherwise_are_not_taken(tmp_path: Path, changes: dict[str, str]) -> None:
+    assert full_size(tmp_path / "a", "onevision", **ORIGINAL_OV | changes).takes == {"image"}
+
+
+SQUARE = {"crop_size": {"height": 336, "width": 336}, "size": {"shortest_edge": 336}}
+
+
+def twin_of(folder: Path, processor: dict[str, Any], **changes: Any) -> Llava:
+    folder.mkdir()
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    write_tokenizer(folder, "1.5")
+    config = {"architectures": [KINDS["1.5"].twin], "text_config": {"model_type": "llama"}}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return family_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "aspect"),
+    [
+        ({}, "crop"),
+        ({"do_pad": True}, "pad"),
+        ({"do_pad": True, "image_processor_type": "CLIPImageProcessor"}, "crop"),
+        ({"size": {"height": 336, "width": 336}}, "squash"),
+        ({"image_processor_type": "SiglipImageProcessor", "size": None}, "squash"),
+        ({"size": 336, "crop_size": 336}, "crop"),
+    ],
+    ids=str,
+)
+def test_a_square_is_made_as_the_processor_says(
+    tmp_path: Path, changes: dict[str, Any], aspect: str
+) -> None:
+    family = twin_of(tmp_path / "a", SQUARE | changes)
+    assert family.config.aspect == aspect
+    siglip = "Siglip" in str(changes)
+    assert family.image_mean[0] == (0.5 if siglip else 0.48145466)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"do_center_crop": False},
+        {"do_normalize": False},
+        {"do_resize": None},
+        {"rescale_factor": 1 / 127.5},
+        {"resample": 2},
+        {"size": {"shortest_edge": 384}},
+        {"size": {"shortest_edge": 336, "longest_edge": 336}},
+        {"crop_size": 224},
+    ],
+    ids=str,
+)
+def test_pixels_that_are_made_otherwise_are_refused(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=next(iter(changes))):
+        twin_of(tmp_path / "a", SQUARE | changes)
+
+
+NEXT = {"architectures": ["LlavaNextForConditionalGeneration"]}
+
+
+@pytest.mark.parametrize(
+    ("processor", "changes", "message"),
+    [
+        ({}, NEXT | {"vision_feature_select_strategy": "full"}, "'full' does not fit"),
+        ({"image_grid_pinpoints": [[336, 336]]}, NEXT, "image_grid_pinpoints"),
+        (
+            {},
+            {
+                "architectures": [KINDS["onevision"].twin],
+                "text_config": {"model_type": "qwen2"},
+                "vision_aspect_ratio": "pad",
+            },
+            "'pad'",
+        ),
+    ],
+    ids=str,
+)
+def test_a_twin_that_fits_nothing_is_refused(
+    tmp_path: Path, processor: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        twin_of(tmp_path / "a", processor, **changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -78,8 +78,9 @@ def _ropes(text: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:
     wide = newer.get("full_attention") or text.get("rope_scaling") or {}
     near = newer.get("sliding_attention") or {}
     thetas = text.get("rope_theta", 1e6), text.get("rope_local_base_freq", 1e4)
+    plain = {key: value for key, value in text.items() if key != "rope_scaling"}
     found = [
-        rope_config({**text, "rope_parameters": {"rope_theta": theta, **own}}, text["head_dim"])
+        rope_config({**plain, "rope_parameters": {"rope_theta": theta, **own}}, text["head_dim"])
         for theta, own in zip(thetas, (wide, near), strict=True)
     ]
     return found[0], found[1]

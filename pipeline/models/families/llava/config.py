@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.families.llava import pictures
 from pipeline.models.families.llava.tower_sizes import (
     TowerSizes,
     converted_tower,
@@ -72,14 +73,19 @@ class LlavaConfig:
     decoder: str  # llama | mistral | qwen2
     text: Mapping[str, Any]
     tower: TowerSizes
-    keeps_class: bool  # the class token's feature is an image token too
+    skipped: int  # of a picture's features, the first ones that are no image tokens
     aspect: str  # pad | crop | squash | anyres | anyres_max_N
     pinpoints: tuple[tuple[int, int], ...] = ()
     unpads: bool = False  # tiles are cut to the image and every row ends with the newline
-    projector_layers: int = 2
+    projector_layers: int = 2  # 0: one map, whose name has no number
     projector_bias: bool = True
     projector_act: str = "gelu"
     tied: bool = False
+
+    @property
+    def picture_tokens(self) -> int:
+        """Image tokens of one picture."""
+        return self.tower.grid**2 + (self.tower.kind == "clip") - self.skipped
 
     @property
     def tiled(self) -> bool:
@@ -157,7 +163,7 @@ def _original(checkpoint: Checkpoint, name: str) -> LlavaConfig:
         decoder=decoder,
         text=_TEXT[decoder] | dict(c),
         tower=tower,
-        keeps_class=tower.kind == "clip" and select == "cls_patch",
+        skipped=int(tower.kind == "clip" and select == "patch"),
         aspect=aspect,
         pinpoints=tuple((height, width) for width, height in pairs),
         unpads="unpad" in merge,
@@ -178,11 +184,11 @@ def _check_tiling(checkpoint: Checkpoint, aspect: str, merge: str, select: str) 
 
 def _projector_layers(checkpoint: Checkpoint, kind: str) -> int:
     if kind == "linear":
-        return 1
+        return 0
     found = re.fullmatch(r"mlp(\d+)x_gelu", kind)
     if found is None:
         raise UserError(f"model.id {checkpoint.id!r}: mm_projector_type {kind!r} is unknown")
-    return int(found.group(1))
+    return max(1, int(found.group(1)))
 
 
 def _pinpoints(value: Any, side: int) -> Sequence[tuple[int, int]]:
@@ -212,20 +218,23 @@ def _converted(checkpoint: Checkpoint, name: str) -> LlavaConfig:
     layer = c.get("vision_feature_layer", -1 if onevision else -2)
     tower = converted_tower(c.get("vision_config"), layer, onevision)
     strategy = c.get("vision_feature_select_strategy", "full" if onevision else "default")
+    pictures.check(checkpoint, tower.side)
     aspect = CONVERTED[name]
     if aspect == "pad":
-        aspect = _square_rule(checkpoint.preprocessor_config)
+        aspect = pictures.square_rule(checkpoint)
     elif onevision:
         aspect = c.get("vision_aspect_ratio", aspect)
+        if re.fullmatch(r"anyres_max_\d+", aspect) is None:
+            raise UserError(f"model.id {checkpoint.id!r}: vision_aspect_ratio {aspect!r}")
     default_pairs = _ONEVISION if onevision else _PINPOINTS
     tiled = aspect.startswith("anyres")
-    pairs = _pinpoints(c.get("image_grid_pinpoints", default_pairs), tower.side) if tiled else ()
-    return LlavaConfig(
+    pairs = _pinpoints(c.get("image_grid_pinpoints") or default_pairs, tower.side) if tiled else ()
+    config = LlavaConfig(
         original=False,
         decoder=decoder,
         text=text,
         tower=tower,
-        keeps_class=tower.kind == "clip" and strategy == "full",
+        skipped=int(strategy == "default"),
         aspect=aspect,
         pinpoints=tuple(pairs),
         unpads=tiled,
@@ -233,9 +242,18 @@ def _converted(checkpoint: Checkpoint, name: str) -> LlavaConfig:
         projector_act=c.get("projector_hidden_act", "gelu"),
         tied=bool(c.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     )
+    if tiled:
+        pictures.check_pinpoints(checkpoint, config.pinpoints)
+    _check_strategy(checkpoint, config, strategy)
+    return config
 
 
-def _square_rule(processor: Mapping[str, Any]) -> str:
-    if processor.get("do_pad"):
-        return "pad"
-    return "crop" if processor.get("do_center_crop", not processor) else "squash"
+def _check_strategy(checkpoint: Checkpoint, config: LlavaConfig, strategy: str) -> None:
+    """A tile's features must be its patches, a square's at least some of them."""
+    tokens = config.picture_tokens
+    fits = tokens == config.tower.grid**2 if config.tiled else tokens > 0
+    if strategy not in ("default", "full") or not fits:
+        raise UserError(
+            f"model.id {checkpoint.id!r}: vision_feature_select_strategy {strategy!r} does not fit"
+            f" its {config.tower.kind} tower"
+        )

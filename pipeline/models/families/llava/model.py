@@ -52,13 +52,15 @@ def decoder_config(config: LlavaConfig, tied: bool) -> DecoderConfig:
     """The decoder's settings: Llama's, Mistral's or Qwen2's."""
     text = config.text
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    bias = bool(text.get("attention_bias", False))
+    # NOTE: transformers' Mistral and Qwen2 read no such key.
+    llama = config.decoder == "llama"
+    bias = llama and bool(text.get("attention_bias", False))
     return common_config(
         text,
         rope_config(text, head_dim),
         qkv_bias=bias or config.decoder == "qwen2",
         out_bias=bias,
-        mlp_bias=bool(text.get("mlp_bias", False)),
+        mlp_bias=llama and bool(text.get("mlp_bias", False)),
         windows=_windows(config),
         tied=tied,
     )
@@ -71,7 +73,10 @@ def _windows(config: LlavaConfig) -> tuple[int | None, ...]:
     if size is None or not used or size >= text["max_position_embeddings"]:
         return ()
     first = text.get("max_window_layers", 28) if config.decoder == "qwen2" else 0
-    return tuple(size if i >= first else None for i in range(layers))
+    local = [i >= first for i in range(layers)]
+    if config.decoder == "qwen2" and text.get("layer_types"):
+        local = [kind == "sliding_attention" for kind in text["layer_types"]]
+    return tuple(size if near else None for near in local)
 
 
 class Projector:
@@ -79,7 +84,7 @@ class Projector:
 
     def __init__(self, weights: Weights, config: LlavaConfig) -> None:
         hidden, sizes = config.text["hidden_size"], [config.tower.size]
-        sizes += [hidden] * config.projector_layers
+        sizes += [hidden] * max(1, config.projector_layers)
         self.act = activation(config.projector_act)
         self.layers = [
             Linear.take(weights, name, out, into, config.projector_bias)
@@ -94,7 +99,7 @@ class Projector:
 
 
 def _names(config: LlavaConfig) -> list[str]:
-    if config.projector_layers == 1:
+    if config.projector_layers == 0:
         return ["projector"]
     return [f"projector.{2 * i}" for i in range(config.projector_layers)]
 
@@ -136,9 +141,7 @@ class Llava(Model):
     def _some_features(self, tiles: Tensor) -> Tensor:
         patch = self.config.tower.patch
         x = self.tower(image_patches(tiles, patch, self.mean, self.std, self.dtype))
-        if self.config.tower.kind == "clip" and not self.config.keeps_class:
-            x = x[:, 1:]
-        return self.projector(x)
+        return self.projector(x[:, self.config.skipped :])
 
     def _tiles(self, image: Tensor, layout: ImageLayout) -> Tensor:
         """The square pictures of one image, uint8 [n, S, S, 3]: the whole one first."""

@@ -30,6 +30,12 @@ def build(checkpoint: Checkpoint, settings: ModelSettings) -> LlavaOneVision:
     return LlavaOneVision(checkpoint, settings)
 
 
+def _pools_as_here(config: Mapping[str, Any]) -> bool:
+    """True where a video's frames are pooled bilinearly, with one newline after the last."""
+    mode, newline = config.get("mm_spatial_pool_mode"), config.get("mm_newline_position")
+    return mode in (None, "bilinear") and newline in (None, "one_token")
+
+
 class LlavaOneVision(Llava):
     """A LLaVA-OneVision checkpoint without its weights."""
 
@@ -41,6 +47,8 @@ class LlavaOneVision(Llava):
         config = checkpoint.config
         found = config.get("video_token_index", config.get("video_token_id"))
         own = None if self.config.original else found
+        if self.config.original and not _pools_as_here(config):
+            self.takes = frozenset({"image"})
         self.video_token_id = self.image_token_id if own is None else int(own)
 
     def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:

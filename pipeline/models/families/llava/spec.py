@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.families.llava import tiles
+from pipeline.models.families.llava import pictures, tiles
 from pipeline.models.families.llava.config import (
     LLAMA_3_VOCABULARY,
     LlavaConfig,
@@ -37,11 +37,6 @@ from pipeline.templates.render import Control, Template
 if TYPE_CHECKING:
     from pipeline.tokenizer import Tokenizer
 
-_CLIP = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)
-_SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _YI_VOCABULARIES = (64_000, 64_064)  # the original's and transformers'
 _MAX_CROPPED = 65_536  # pixels of the longer side before the middle is cut out
 
@@ -78,11 +73,8 @@ class Llava(Family):
         self._read_processor(checkpoint.preprocessor_config)
 
     def _read_processor(self, processor: Mapping[str, Any]) -> None:
-        mean, std = _CLIP if self.config.tower.kind == "clip" else _SIGLIP
-        if not self.config.original:
-            mean = tuple(processor.get("image_mean") or mean)
-            std = tuple(processor.get("image_std") or std)
-        self.image_mean, self.image_std = mean, std
+        read = {} if self.config.original else processor
+        self.image_mean, self.image_std = mean, _ = pictures.colours(read, self.config.tower.kind)
         red, green, blue = (int(value * 255) for value in mean)
         self.background = (red, green, blue)
 
@@ -103,7 +95,7 @@ class Llava(Family):
                 raise RowError("bad_aspect_ratio", f"The image is {width}x{height}.")
             views = (view,)
         grid = (1, tower.grid, tower.grid)
-        tokens = tower.grid**2 + self.config.keeps_class + newline
+        tokens = self.config.picture_tokens + newline
         return ImageLayout(tower.side, tower.side, grid, tokens, views)
 
     def _tiled(self, width: int, height: int) -> ImageLayout:
@@ -115,6 +107,8 @@ class Llava(Family):
         full = (down * patches, across * patches)
         grid = tiles.unpadded(height, width, full, rounded=not c.original)
         rows, columns = tiles.pooled(grid, patches, c.max_tiles)
+        if min(rows, columns) < 1 <= min(grid):
+            raise RowError("bad_aspect_ratio", f"The image is {width}x{height}.")
         tokens = patches**2 + rows * (columns + 1)
         return ImageLayout(*resolution, (1 + down * across, *grid), tokens, views)
 
@@ -207,7 +201,7 @@ def _sizes(config: LlavaConfig) -> ModelSizes:
     return ModelSizes(
         **decoder_sizes(config.text, config.tied),
         vision_params=tower.depth * block,
-        projector_params=tower.size * hidden + (config.projector_layers - 1) * hidden**2,
+        projector_params=tower.size * hidden + max(0, config.projector_layers - 1) * hidden**2,
         # Tiles overlap the edge and are scaled down; of a video, four patches make a token.
         patches_per_token=2 if config.max_tiles else 1,
         patches_per_run=tower.grid**2,

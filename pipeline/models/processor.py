@@ -1,0 +1,50 @@
+"""Settings of an image processor that all families make alike, and a refusal of any others.
+
+A preprocessor_config.json may ask for steps, filters and sizes that a family does not make; silence
+would be other pixels than transformers'. Knows no family. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.models.checkpoint import Checkpoint
+
+BICUBIC = 3  # Pillow's number of the filter
+_STEPS = ("do_resize", "do_rescale", "do_normalize")
+_SCALE = 1 / 255
+
+
+def check_steps(checkpoint: Checkpoint, *filters: int) -> None:
+    """Refuse a processor that leaves a step out, or resizes by none of `filters`."""
+    processor = checkpoint.preprocessor_config
+    for step in _STEPS:
+        if not processor.get(step, True):
+            raise refusal(checkpoint, step, processor[step])
+    factor = processor.get("rescale_factor")
+    if factor is not None and abs(float(factor) - _SCALE) > 1e-7:
+        raise refusal(checkpoint, "rescale_factor", factor)
+    resample = processor.get("resample")
+    if resample is not None and resample not in filters:
+        raise refusal(checkpoint, "resample", resample)
+
+
+def check_size(checkpoint: Checkpoint, key: str, expected: int) -> None:
+    """Refuse a size but one number, or height and width, or the shortest edge, as `expected`."""
+    given = checkpoint.preprocessor_config.get(key)
+    if given is None:
+        return
+    named = given if isinstance(given, Mapping) else {"height": given, "width": given}
+    numbers = {name: number for name, number in named.items() if number is not None}
+    known = numbers.keys() in ({"height", "width"}, {"shortest_edge"})
+    if not known or set(numbers.values()) != {expected}:
+        raise refusal(checkpoint, key, given)
+
+
+def refusal(checkpoint: Checkpoint, key: str, value: Any) -> UserError:
+    return UserError(
+        f"model.id {checkpoint.id!r}: {key} {value!r} in its preprocessor_config.json is not"
+        " supported for this model"
+    )
