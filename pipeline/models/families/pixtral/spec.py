@@ -23,6 +23,7 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
+from pipeline.models.processor import BICUBIC, check_size, check_steps, refusal
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import mistral
@@ -31,6 +32,8 @@ from pipeline.templates.render import Piece, render
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _DEFAULT_CONTEXT = 131_072
+_DEFAULT_LONGEST, _DEFAULT_PATCH = 1024, 16  # of a processor's file that does not say
+_LATER = ("llama_4_scaling", "moe", "q_lora_rank", "quantization", "rope_scaling", "yarn")
 _MISTRAL = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -95,6 +98,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope_theta": config["rope_theta"],
         "max_position_embeddings": config.get("max_seq_len") or _DEFAULT_CONTEXT,
         "sliding_window": config.get("sliding_window"),
+        "tie_word_embeddings": config.get("tied_embeddings", False),
     }
 
 
@@ -124,7 +128,9 @@ class Pixtral(Family):
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
         config = checkpoint.config
         self.original = is_original(config)
-        if not self.original:
+        if self.original:
+            _check_params(checkpoint)
+        else:
             _check_features(checkpoint)
         text, self.tower = text_config(config), tower_sizes(config)
         # NOTE: the large one's tokenizer is SentencePiece, and its template a later one.
@@ -136,8 +142,10 @@ class Pixtral(Family):
         self.default_sampling = default_sampling(checkpoint.generation_config)
         self.sizes = _sizes(text, self.tower)
         processor = checkpoint.preprocessor_config
-        size = processor.get("size") or {}
-        self.longest = int(size.get("longest_edge") or self.tower.longest)
+        self.longest = self.tower.longest
+        if processor and not self.original:
+            _check_processor(checkpoint, self.tower.patch)
+            self.longest = _longest(checkpoint)
         if settings.min_pixels is not None:
             raise UserError("model.min_pixels has no meaning for Pixtral models; leave it null.")
         if settings.max_pixels is not None:
@@ -184,6 +192,13 @@ class Pixtral(Family):
         return render(self.template, [_normalised(turn) for turn in turns])
 
 
+def _check_params(checkpoint: Checkpoint) -> None:
+    """Refuse what later models' params.json has, and Pixtral's never had."""
+    for key in _LATER:
+        if checkpoint.config.get(key):
+            raise UserError(f"model.id {checkpoint.id!r}: {key} in its params.json is not supported")
+
+
 def _check_features(checkpoint: Checkpoint) -> None:
     """Refuse what transformers' class does with its defaults, and Pixtral was not trained for."""
     config = checkpoint.config
@@ -196,6 +211,28 @@ def _check_features(checkpoint: Checkpoint) -> None:
             ' vision_feature_select_strategy "full" and projector_hidden_act "gelu" are supported;'
             f" its config.json has {taken}, {strategy!r} and {act!r}"
         )
+
+
+def _check_processor(checkpoint: Checkpoint, patch: int) -> None:
+    """Refuse settings that give other pixels than ours."""
+    check_steps(checkpoint, BICUBIC)
+    processor = checkpoint.preprocessor_config
+    if processor.get("do_center_crop"):
+        raise refusal(checkpoint, "do_center_crop", True)
+    check_size(checkpoint, "patch_size", patch)
+    if processor.get("patch_size") is None and patch != _DEFAULT_PATCH:
+        raise refusal(checkpoint, "patch_size", None)
+
+
+def _longest(checkpoint: Checkpoint) -> int:
+    """The longer side of an image at most, as the processor's file says."""
+    size = checkpoint.preprocessor_config.get("size") or _DEFAULT_LONGEST
+    named = size if isinstance(size, Mapping) else {"longest_edge": size}
+    numbers = {key: number for key, number in named.items() if number is not None}
+    sides = set(numbers.values())
+    if numbers.keys() not in ({"longest_edge"}, {"height", "width"}) or len(sides) != 1:
+        raise refusal(checkpoint, "size", size)
+    return int(sides.pop())
 
 
 def _token(checkpoint: Checkpoint, name: str, stated: int | None) -> int:
