@@ -18,13 +18,14 @@ from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.pixtral import spec
 from pipeline.models.families.pixtral.model import sized
+from pipeline.models.family import Family
 from pipeline.models.registry import family_for
 from pipeline.models.vision.vit import image_patches
 from pipeline.rows import Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.helpers.parity import random_image
-from tests.helpers.pixtral_checkpoint import write_mistral, write_twin
+from tests.helpers.pixtral_checkpoint import PATCH, write_mistral, write_twin
 from tests.parity.pixtral_cases import IMAGES, TURNS, sizes
 
 FOLDER = Path(__file__).parents[1] / "recorded" / "pixtral"
@@ -152,4 +153,50 @@ def test_detection(folder: Path) -> None:
 def test_a_wrong_template_is_refused(folder: Path) -> None:
     settings = ModelSettings(id=str(folder / "mistral-False"), chat_template="chatml-llava")
     with pytest.raises(UserError, match="write 'mistral' or 'auto'"):
+        family_for(Checkpoint.open(settings), settings)
+
+
+def twin_of(folder: Path, processor: dict[str, Any]) -> Family:
+    write_twin(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    settings = ModelSettings(id=str(folder))
+    return family_for(Checkpoint.open(settings), settings)
+
+
+@pytest.mark.parametrize(
+    ("size", "longest"),
+    [({"longest_edge": 72}, 72), (72, 72), ({"height": 72, "width": 72}, 72), (None, 1024)],
+    ids=str,
+)
+def test_the_longest_side_is_the_processors(tmp_path: Path, size: Any, longest: int) -> None:
+    layout = twin_of(tmp_path, {"size": size, "patch_size": PATCH}).layout(4000, 4000)
+    assert (layout.height, layout.width) == (longest, longest)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"resample": 2, "patch_size": PATCH},
+        {"do_rescale": False, "patch_size": PATCH},
+        {"do_center_crop": True, "patch_size": PATCH},
+        {"size": {"shortest_edge": 64}, "patch_size": PATCH},
+        {"size": {"height": 64, "width": 32}, "patch_size": PATCH},
+        {"patch_size": 2 * PATCH},
+        {"patch_size": None},
+    ],
+    ids=str,
+)
+def test_pixels_that_are_made_otherwise_are_refused(
+    tmp_path: Path, processor: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=next(iter(processor))):
+        twin_of(tmp_path, processor)
+
+
+@pytest.mark.parametrize("key", ["yarn", "moe", "quantization"])
+def test_params_of_later_models_are_refused(tmp_path: Path, key: str) -> None:
+    path = write_mistral(tmp_path) / "params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: {"factor": 2}}))
+    settings = ModelSettings(id=str(tmp_path))
+    with pytest.raises(UserError, match=key):
         family_for(Checkpoint.open(settings), settings)

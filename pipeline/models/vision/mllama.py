@@ -49,8 +49,9 @@ class MllamaTowerConfig(VitConfig):
 
 def tower_config(vision: Mapping[str, Any], num_arrangements: int) -> MllamaTowerConfig:
     """Read the tower's settings."""
+    depth = vision["num_hidden_layers"]
     return MllamaTowerConfig(
-        depth=vision["num_hidden_layers"],
+        depth=depth,
         size=vision["hidden_size"],
         heads=vision["attention_heads"],
         inner=vision["intermediate_size"],
@@ -60,7 +61,7 @@ def tower_config(vision: Mapping[str, Any], num_arrangements: int) -> MllamaTowe
         eps=vision["norm_eps"],
         num_global=vision["num_global_layers"],
         tiles=vision["max_num_tiles"],
-        kept=tuple(vision["intermediate_layers_indices"]),
+        kept=tuple(i % depth for i in vision["intermediate_layers_indices"]),
         num_arrangements=num_arrangements,
     )
 
@@ -159,15 +160,16 @@ class MllamaTower:
         real, total = num_tiles * c.length, c.tiles * c.length
         if not c.padding:
             real = total  # the official mask is then equal everywhere
-        kept = []
+        kept: dict[int, Tensor] = {}
         for number, block in enumerate(self.local):
             x = block(x, real)
             if number in c.kept:
-                kept.append(x[:, :total])
+                kept[number] = x[:, :total]
         x = self.norm_after(x)[0] + self._after(ids)
         for block in self.wide:
             x = block(x, real)
-        states = torch.cat([x[:, :total], torch.stack(kept, -1).flatten(2)], -1)
+        chosen = torch.stack([kept[number] for number in c.kept], -1)
+        states = torch.cat([x[:, :total], chosen.flatten(2)], -1)
         return states.view(count, c.tiles, c.length, -1)
 
     def _after(self, ids: Tensor) -> Tensor:

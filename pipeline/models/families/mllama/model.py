@@ -35,7 +35,7 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     text = spec.text_config(config)
     head_dim = text["hidden_size"] // text["num_attention_heads"]
     rope = rope_config(text, head_dim, default_theta=5e5)
-    return common_config(text, rope, cross_layers=tuple(text["cross_attention_layers"]))
+    return common_config(text, rope, cross_layers=text["cross_attention_layers"])
 
 
 class Mllama(Model):
@@ -90,9 +90,8 @@ class Mllama(Model):
 def build(checkpoint: Checkpoint, family: spec.Mllama, weights: Weights) -> Mllama:
     """Take the model's tensors from `weights`."""
     config = decoder_config(checkpoint.config)
-    sizes = tower_config(
-        spec.vision_config(checkpoint.config), len(spec.arrangements(family.max_tiles))
-    )
+    vision = spec.vision_config(checkpoint.config)
+    sizes = tower_config(vision, spec.num_arrangements(vision))
     rows = config.vocab_size + spec.EXTRA_EMBEDDINGS
     embedding = weights.take("model.embed_tokens.weight", (rows, config.hidden_size))
     decoder = Decoder.take(weights, config, embedding)

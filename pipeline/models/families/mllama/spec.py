@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.family import (
     Family,
@@ -18,6 +19,7 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
+from pipeline.models.processor import check_size, check_steps, refusal
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import llama_3_vision
@@ -25,6 +27,7 @@ from pipeline.templates.render import Piece
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)  # of a processor's file that does not say
 _FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _TEXT_DEFAULTS = {
     "vocab_size": 128_256,
@@ -55,7 +58,11 @@ EXTRA_EMBEDDINGS = 8  # rows of the token table that the head lacks, the image t
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_TEXT_DEFAULTS, **config["text_config"]}
+    text: dict[str, Any] = {**_TEXT_DEFAULTS, **config["text_config"]}
+    there = range(text["num_hidden_layers"])
+    cross = text["cross_attention_layers"]
+    cross = _TEXT_DEFAULTS["cross_attention_layers"] if cross is None else cross
+    return text | {"cross_attention_layers": tuple(i for i in there if i in cross)}
 
 
 def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,13 +128,23 @@ class Mllama(Family):
         self.eos_token_ids = end_tokens(checkpoint, text, self.template)
         self.default_sampling = default_sampling(checkpoint.generation_config)
         self.sizes = _sizes(text, vision)
-        processor = checkpoint.preprocessor_config
-        self.image_mean = tuple(processor.get("image_mean") or _CLIP_MEAN)
-        self.image_std = tuple(processor.get("image_std") or _CLIP_STD)
-        self.filter = _FILTERS[processor.get("resample", 2)]
         self.side = int(vision["image_size"])
         self.patch = int(vision["patch_size"])
-        self.max_tiles = int(processor.get("max_image_tiles") or vision["max_num_tiles"])
+        self.max_tiles = int(vision["max_num_tiles"])
+        _check_layers(checkpoint, text, vision)
+        self._read_processor(checkpoint)
+
+    def _read_processor(self, checkpoint: Checkpoint) -> None:
+        processor = checkpoint.preprocessor_config
+        check_steps(checkpoint, *_FILTERS)
+        check_size(checkpoint, "size", self.side)
+        tiles = processor.get("max_image_tiles") or self.max_tiles
+        if tiles != self.max_tiles:
+            raise refusal(checkpoint, "max_image_tiles", tiles)
+        mean, std = (_HALF, _HALF) if processor else (_CLIP_MEAN, _CLIP_STD)
+        self.image_mean = tuple(processor.get("image_mean") or mean)
+        self.image_std = tuple(processor.get("image_std") or std)
+        self.filter = _FILTERS[processor.get("resample", 2)]
 
     @property
     def states_per_tile(self) -> int:
@@ -162,6 +179,29 @@ class Mllama(Family):
         return super().render(llama_3_vision.with_dates(turns))
 
 
+def _check_layers(
+    checkpoint: Checkpoint, text: Mapping[str, Any], vision: Mapping[str, Any]
+) -> None:
+    """Refuse a tower or a decoder whose lists name no layers that there are."""
+    depth, kept = vision["num_hidden_layers"], vision["intermediate_layers_indices"]
+    wanted = {
+        "cross_attention_layers": bool(text["cross_attention_layers"]),
+        "intermediate_layers_indices": bool(kept) and all(-depth <= i < depth for i in kept),
+        "supported_aspect_ratios": num_arrangements(vision)
+        >= len(arrangements(vision["max_num_tiles"])),
+    }
+    for key, right in wanted.items():
+        if not right:
+            raise UserError(
+                f"model.id {checkpoint.id!r}: {key} in its config.json does not fit the model"
+            )
+
+
+def num_arrangements(vision: Mapping[str, Any]) -> int:
+    """Arrangements of tiles that the tower's tables have rows for."""
+    return len(vision.get("supported_aspect_ratios") or arrangements(4))
+
+
 def states_per_tile(side: int, patch: int) -> int:
     """Vectors that a tile gives: one a patch and one for the whole."""
     return int((side // patch) ** 2 + 1)
@@ -173,7 +213,7 @@ def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any]) -> ModelSizes:
     block = 4 * width * width + 2 * width * vision["intermediate_size"]
     states = states_per_tile(vision["image_size"], vision["patch_size"]) * vision["max_num_tiles"]
     outputs = width * (1 + len(vision["intermediate_layers_indices"]))
-    tables = (len(arrangements(vision["max_num_tiles"])) + 1) * states * width
+    tables = (num_arrangements(vision) + 1) * states * width
     plain_layers = decoder["num_layers"] - num_cross  # the others keep no keys of the text
     return ModelSizes(
         **(decoder | {"num_layers": plain_layers}),

@@ -196,7 +196,9 @@ def _check_params(checkpoint: Checkpoint) -> None:
     """Refuse what later models' params.json has, and Pixtral's never had."""
     for key in _LATER:
         if checkpoint.config.get(key):
-            raise UserError(f"model.id {checkpoint.id!r}: {key} in its params.json is not supported")
+            raise UserError(
+                f"model.id {checkpoint.id!r}: {key} in its params.json is not supported"
+            )
 
 
 def _check_features(checkpoint: Checkpoint) -> None:
