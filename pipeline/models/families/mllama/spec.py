@@ -29,6 +29,7 @@ _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)  # of a processor's file that does not say
 _FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_CROSS_LAYERS = (3, 8, 13, 18, 23, 28, 33, 38)
 _TEXT_DEFAULTS = {
     "vocab_size": 128_256,
     "hidden_size": 4096,
@@ -39,7 +40,7 @@ _TEXT_DEFAULTS = {
     "max_position_embeddings": 131_072,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500_000.0,
-    "cross_attention_layers": (3, 8, 13, 18, 23, 28, 33, 38),
+    "cross_attention_layers": _CROSS_LAYERS,
 }
 _VISION_DEFAULTS = {
     "hidden_size": 1280,
@@ -61,7 +62,8 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     text: dict[str, Any] = {**_TEXT_DEFAULTS, **config["text_config"]}
     there = range(text["num_hidden_layers"])
     cross = text["cross_attention_layers"]
-    cross = _TEXT_DEFAULTS["cross_attention_layers"] if cross is None else cross
+    if cross is None:
+        cross = _CROSS_LAYERS
     return text | {"cross_attention_layers": tuple(i for i in there if i in cross)}
 
 
