@@ -187,7 +187,9 @@ def _check_layers(
     """Refuse a tower or a decoder whose lists name no layers that there are."""
     depth, kept = vision["num_hidden_layers"], vision["intermediate_layers_indices"]
     wanted = {
-        "cross_attention_layers": bool(text["cross_attention_layers"]),
+        "cross_attention_layers": 0
+        < len(text["cross_attention_layers"])
+        < text["num_hidden_layers"],
         "intermediate_layers_indices": bool(kept) and all(-depth <= i < depth for i in kept),
         "supported_aspect_ratios": num_arrangements(vision)
         >= len(arrangements(vision["max_num_tiles"])),
