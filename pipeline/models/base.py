@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.kernels.fp8 import quantize_rows_reference
 from pipeline.kernels.rope import rotate
 from pipeline.models.decoder import Decoder, DecoderConfig, embed_tokens
@@ -67,6 +68,13 @@ class Model(ABC):
             wide[:, : x.shape[1]] = x
             x = wide
         return x.index_copy_(0, where, features.to(x.dtype))
+
+
+def check_token_ids(embedding: Tensor, *ids: int | None) -> None:
+    """Refuse ids of a config that the token table has no rows for."""
+    for token in ids:
+        if token is not None and not 0 <= token < len(embedding):
+            raise UserError(f"The config's token id {token} is not in its vocabulary.")
 
 
 def image_spans(model: Model, tokens: np.ndarray) -> tuple[tuple[int, int], ...]:

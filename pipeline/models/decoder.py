@@ -82,7 +82,7 @@ def common_config(text: Mapping[str, Any], rope: RopeConfig, **differences: Any)
         "num_kv_heads": text.get("num_key_value_heads") or heads,
         "head_dim": head_dim,
         "vocab_size": text["vocab_size"],
-        "eps": text.get("rms_norm_eps", 1e-6),
+        "eps": float(text.get("rms_norm_eps", 1e-6)),
         "scale": head_dim**-0.5,
         "act": text.get("hidden_act", "silu"),
         "rope": rope,

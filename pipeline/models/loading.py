@@ -229,5 +229,11 @@ def load_model(
             f"model.id {checkpoint.id!r}: the weights do not fit {weights.device}; "
             "take a larger device or a smaller model"
         ) from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"model.id {checkpoint.id!r}: its config files describe no {family.name} model"
+            f" ({' '.join(reason.split())})"
+        ) from error
     weights.finish()
     return model

@@ -176,7 +176,7 @@ def family_for(checkpoint: Checkpoint, settings: ModelSettings) -> Family:
             )
     for entry in FAMILIES:
         spec = import_module(entry.spec)
-        if spec.matches(checkpoint.config):
+        if _matches(spec, entry.name, checkpoint):
             _check_template(settings.chat_template, entry.name, entry.templates)
             family = _build(spec, entry.name, checkpoint, settings)
             if settings.pan_and_scan and not family.pans_and_scans:
@@ -191,6 +191,16 @@ def family_for(checkpoint: Checkpoint, settings: ModelSettings) -> Family:
         f" (model_type {config.get('model_type')!r}, architectures {config.get('architectures')});"
         " `vlm-batch models` lists them"
     )
+
+
+def _matches(spec: Any, name: str, checkpoint: Checkpoint) -> bool:
+    try:
+        return bool(spec.matches(checkpoint.config))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"model.id {checkpoint.id!r}: its config files describe no {name} model ({reason})"
+        ) from error
 
 
 def _build(spec: Any, name: str, checkpoint: Checkpoint, settings: ModelSettings) -> Family:

@@ -13,6 +13,10 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.registry import family_for
 from pipeline.settings import ModelSettings
 from tests.helpers.checkpoints import write_qwen2_5_vl
+from tests.helpers.llava_checkpoint import write_twin as write_llava
+from tests.helpers.mllama_checkpoint import write_mllama
+from tests.helpers.parity import open_found
+from tests.helpers.pixtral_checkpoint import write_twin as write_pixtral
 
 
 @pytest.fixture
@@ -42,3 +46,38 @@ def test_an_index_names_files_beside_it(folder: Path, file: str) -> None:
     index.write_text(json.dumps({"weight_map": {"a": file}}))
     with pytest.raises(UserError, match="is no file beside it"):
         Checkpoint(str(folder), folder).weight_files()
+
+
+HOSTILE: tuple[tuple[str, str, Any], ...] = (
+    ("pixtral", "architectures", 1.5),
+    ("pixtral", "text_config.rope_scaling", "yarn"),
+    ("pixtral", "text_config.intermediate_size", 1.5),
+    ("pixtral", "vision_config.num_attention_heads", 3),
+    ("pixtral", "image_token_index", 10**6),
+    ("llava", "text_config.rope_theta", [2]),
+    ("llava", "projector_hidden_act", {}),
+    ("llava", "vision_config.num_attention_heads", 5),
+    ("llava", "vision_config.image_size", [24, 24]),
+    ("llava", "image_token_index", -1),
+    ("mllama", "text_config.num_hidden_layers", "5"),
+    ("mllama", "vision_config.attention_heads", 3),
+    ("mllama", "image_token_index", 10**6),
+)
+
+
+@pytest.mark.parametrize(("kind", "key", "value"), HOSTILE, ids=str)
+def test_a_model_that_cannot_be_built_is_one_sentence(
+    tmp_path: Path, kind: str, key: str, value: Any
+) -> None:
+    write: Any = {"pixtral": write_pixtral, "llava": write_llava, "mllama": write_mllama}[kind]
+    write(tmp_path, *(["1.6"] if kind == "llava" else []))
+    config = json.loads((tmp_path / "config.json").read_text())
+    *parts, last = key.split(".")
+    part = config
+    for name in parts:
+        part = part[name]
+    part[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        open_found(tmp_path)
+    assert "\n" not in str(caught.value)

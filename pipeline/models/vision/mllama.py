@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.errors import UserError
 from pipeline.kernels.attention import dense_attention
 from pipeline.models.layers import MLP, LayerNorm, Linear
 from pipeline.models.loading import Weights
@@ -58,7 +59,7 @@ def tower_config(vision: Mapping[str, Any], num_arrangements: int) -> MllamaTowe
         patch=vision["patch_size"],
         side=vision["image_size"],
         act=vision["hidden_act"],
-        eps=vision["norm_eps"],
+        eps=float(vision["norm_eps"]),
         num_global=vision["num_global_layers"],
         tiles=vision["max_num_tiles"],
         kept=tuple(i % depth for i in vision["intermediate_layers_indices"]),
@@ -134,6 +135,8 @@ class MllamaTower:
 
     def __init__(self, weights: Weights, config: MllamaTowerConfig, name: str) -> None:
         c = self.config = config
+        if c.heads < 1 or c.size % c.heads:
+            raise UserError(f"{c.size} values of an image tower are no {c.heads} heads.")
         self.embed = PatchEmbed(weights, c, f"{name}.patch_embedding", bias=False)
         self.leading = weights.take(f"{name}.class_embedding", (c.size,))
         self.positions = _Positions(weights, f"{name}.gated_positional_embedding", c)

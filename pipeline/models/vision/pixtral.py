@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.kernels.attention import AttentionPlan, plan_attention, varlen_attention
 from pipeline.kernels.rope import rotate
 from pipeline.kernels.transfer import upload
@@ -70,6 +71,8 @@ class PixtralTower:
 
     def __init__(self, weights: Weights, config: PixtralConfig, name: str = "vision_tower") -> None:
         c = self.config = config
+        if c.heads < 1 or c.size % (4 * c.heads):
+            raise UserError(f"{c.size} values of an image tower are no {c.heads} heads of fours.")
         shape = (c.size, c.channels, c.patch, c.patch)
         self.embed = Linear(weights.take(f"{name}.patch_conv.weight", shape).flatten(1))
         self.norm = RMSNorm.take(weights, f"{name}.ln_pre", c.size, EPS)

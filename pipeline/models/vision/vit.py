@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.kernels.attention import AttentionPlan, plan_attention, varlen_attention
 from pipeline.kernels.rope import rotate
 from pipeline.models.layers import MLP, LayerNorm, Linear
@@ -111,6 +112,8 @@ class Blocks:
         more: bool = True,
     ) -> None:  # fmt: skip
         self.config = config
+        if config.heads < 1 or config.size % config.heads:
+            raise UserError(f"{config.size} values of an image tower are no {config.heads} heads.")
         stem = f"{name}.{names.blocks}"
         self.blocks = [
             _take_block(weights, f"{stem}.{i}", config, names) for i in range(config.depth)

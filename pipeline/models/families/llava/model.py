@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.kernels.resize import resize
-from pipeline.models.base import Model
+from pipeline.models.base import Model, check_token_ids
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
 from pipeline.models.families.llava.config import LlavaConfig
@@ -231,6 +231,8 @@ def build(checkpoint: Checkpoint, family: LlavaFamily, weights: Weights) -> Llav
     config = decoder_config(c, tied=c.tied or not weights.has("lm_head.weight"))
     shape = (config.vocab_size, config.hidden_size)
     embedding = weights.take("model.embed_tokens.weight", shape)
+    video = getattr(family, "video_token_id", None)
+    check_token_ids(embedding, family.image_token_id, video)
     newline = weights.take("image_newline", shape[1:]) if c.unpads else None
     if newline is None:
         weights.drop("image_newline")

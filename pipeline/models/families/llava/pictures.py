@@ -45,7 +45,8 @@ def colours(
     """Mean and deviation: as given, else the processor class's; without a file, the tower's."""
     kind = _kind(processor) if processor else tower
     mean, std = SIGLIP if kind == "siglip" else CLIP
-    return tuple(processor.get("image_mean") or mean), tuple(processor.get("image_std") or std)
+    given = processor.get("image_mean") or mean, processor.get("image_std") or std
+    return tuple(map(float, given[0])), tuple(map(float, given[1]))
 
 
 def check_pinpoints(checkpoint: Checkpoint, pinpoints: Sequence[tuple[int, int]]) -> None:

@@ -101,7 +101,12 @@ def _from_config(vision: Mapping[str, Any]) -> TowerSizes:
     kind = next((kind for kind in _DEFAULTS if model_type.startswith(kind)), None)
     if kind is None or model_type.startswith("siglip2"):
         raise UserError(f"The image tower {model_type!r} is none that LLaVA is known with.")
-    given = {ours: vision[key] for ours, key in _KEYS.items() if vision.get(key) is not None}
+    defaults: Any = _DEFAULTS[kind]
+    given = {
+        ours: type(getattr(defaults, ours))(vision[key])
+        for ours, key in _KEYS.items()
+        if vision.get(key) is not None
+    }
     return replace(_DEFAULTS[kind], **given)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.transfer import to_device
-from pipeline.models.base import Model
+from pipeline.models.base import Model, check_token_ids
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
 from pipeline.models.families.mllama import spec
@@ -94,6 +94,7 @@ def build(checkpoint: Checkpoint, family: spec.Mllama, weights: Weights) -> Mlla
     sizes = tower_config(vision, spec.num_arrangements(vision))
     rows = config.vocab_size + spec.EXTRA_EMBEDDINGS
     embedding = weights.take("model.embed_tokens.weight", (rows, config.hidden_size))
+    check_token_ids(embedding, family.image_token_id)
     decoder = Decoder.take(weights, config, embedding)
     tower = MllamaTower(weights, sizes, "vision_model")
     projector = Linear.take(weights, "multi_modal_projector", config.hidden_size, sizes.out)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels.resize import resize
-from pipeline.models.base import Model
+from pipeline.models.base import Model, check_token_ids
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
 from pipeline.models.families.pixtral import spec
@@ -147,6 +147,7 @@ def build(checkpoint: Checkpoint, family: spec.Pixtral, weights: Weights) -> Pix
         bias = c["vision_encoder"].get("adapter_bias", True)
         _unweave_all(weights, config, tower)
     embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    check_token_ids(embedding, family.image_token_id, family.break_token_id, family.end_token_id)
     first = Linear.take(weights, "projector.0", config.hidden_size, t.size, bias)
     second = Linear.take(weights, "projector.2", config.hidden_size, config.hidden_size, bias)
     decoder = Decoder.take(weights, config, embedding)

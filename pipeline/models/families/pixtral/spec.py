@@ -108,12 +108,12 @@ def tower_sizes(config: Mapping[str, Any]) -> TowerSizes:
     v = config["vision_encoder" if original else "vision_config"]
     rope = v.get("rope_parameters") or {}
     return TowerSizes(
-        blocks=v.get("num_hidden_layers", 24),
-        size=v.get("hidden_size", 1024),
-        heads=v.get("num_attention_heads", 16),
-        inner=v.get("intermediate_size", 4096),
-        patch=v.get("patch_size", 16),
-        longest=v.get("image_size", 1024),
+        blocks=int(v.get("num_hidden_layers", 24)),
+        size=int(v.get("hidden_size", 1024)),
+        heads=int(v.get("num_attention_heads", 16)),
+        inner=int(v.get("intermediate_size", 4096)),
+        patch=int(v.get("patch_size", 16)),
+        longest=int(v.get("image_size", 1024)),
         theta=float(rope.get("rope_theta") or v.get("rope_theta") or 1e4),
         act="silu" if original else v.get("hidden_act", "gelu"),
     )
