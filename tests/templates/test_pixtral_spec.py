@@ -193,6 +193,16 @@ def test_pixels_that_are_made_otherwise_are_refused(
         twin_of(tmp_path, processor)
 
 
+def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:
+    """As transformers' file says it, and as params.json does."""
+    for write, key in ((write_mistral, "tied_embeddings"), (write_twin, "tie_word_embeddings")):
+        path = write(tmp_path / key) / ("params.json" if "tied" in key else "config.json")
+        settings = ModelSettings(id=str(path.parent))
+        plain = family_for(Checkpoint.open(settings), settings).sizes.embedding_params
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: True}))
+        assert family_for(Checkpoint.open(settings), settings).sizes.embedding_params * 2 == plain
+
+
 @pytest.mark.parametrize("key", ["yarn", "moe", "quantization"])
 def test_params_of_later_models_are_refused(tmp_path: Path, key: str) -> None:
     path = write_mistral(tmp_path) / "params.json"

@@ -65,7 +65,7 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         text,
         rope_config(text, head_dim),
         windows=(window,) * layers if windowed else (),
-        tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        tied=text["tie_word_embeddings"],
     )
 
 

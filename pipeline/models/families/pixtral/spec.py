@@ -85,7 +85,9 @@ def build(checkpoint: Checkpoint, settings: ModelSettings) -> Pixtral:
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's keys by transformers' names; what is left out has its defaults."""
     if not is_original(config):
-        return _MISTRAL | (config.get("text_config") or {})
+        text = _MISTRAL | (config.get("text_config") or {})
+        tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+        return text | {"tie_word_embeddings": tied}
     return {
         "hidden_size": config["dim"],
         "intermediate_size": config["hidden_dim"],
@@ -265,7 +267,7 @@ def _sizes(text: Mapping[str, Any], tower: TowerSizes) -> ModelSizes:
     hidden = text["hidden_size"]
     block = 4 * tower.size**2 + 3 * tower.size * tower.inner
     return ModelSizes(
-        **decoder_sizes(text),
+        **decoder_sizes(text, text["tie_word_embeddings"]),
         vision_params=tower.blocks * block,
         projector_params=tower.size * hidden + hidden**2,
         patches_per_token=1,
