@@ -30,17 +30,20 @@ class RopeConfig:
 
     @property
     def num_axes(self) -> int:
-        return max(1, len(self.sections))
+        return min(max(1, len(self.sections)), 3)
 
 
 def rope_config(
     text: Mapping[str, Any], head_dim: int, default_theta: float = 10000.0
 ) -> RopeConfig:
     """Read the rotary settings of a text config."""
-    scaling = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    scaling = dict(text.get("rope_scaling") or text.get("rope_parameters") or {})
     theta = scaling.get("rope_theta", text.get("rope_theta") or default_theta)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     scaling.setdefault("original_max_position_embeddings", text.get("max_position_embeddings"))
+    if kind == "yarn" and "factor" in scaling and scaling["factor"] is None:
+        original = scaling["original_max_position_embeddings"]
+        scaling["factor"] = text["max_position_embeddings"] / original
     share = scaling.get("partial_rotary_factor") or text.get("partial_rotary_factor") or 1.0
     return RopeConfig(
         theta=float(theta),
@@ -121,12 +124,12 @@ def _axis_of_frequency(config: RopeConfig) -> list[int]:
     half = config.dim // 2
     if not config.sections:
         return [0] * half
-    if sum(config.sections) != half:
+    if not config.interleaved and sum(config.sections) != half:
         raise UserError(
             f"mrope_section {list(config.sections)} does not add up to {half} frequencies."
         )
     if not config.interleaved:
-        return [axis for axis, size in enumerate(config.sections) for _ in range(size)]
+        return [index % 3 for index, size in enumerate(config.sections) for _ in range(size)]
     axes = [0] * half
     for axis, size in list(enumerate(config.sections))[1:]:
         for index in range(axis, min(size * 3, half), 3):

@@ -25,6 +25,7 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
+from pipeline.models.processor_keys import check_processor
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import gemma_it
@@ -126,7 +127,13 @@ class Gemma3(Family):
             raise UserError(
                 f"preprocessor_config.json resizes images to {size}, the tower takes {side} pixels."
             )
-        self.whole = View(side, side, (side, side), filter=_FILTERS[processor.get("resample", 2)])
+        check_processor(processor)
+        number = processor.get("resample")
+        filter = _FILTERS.get(2 if number is None else number)
+        if filter is None:
+            known = ", ".join(map(str, _FILTERS))
+            raise UserError(f"preprocessor_config.json says resample {number}; supported: {known}")
+        self.whole = View(side, side, (side, side), filter=filter)
         self.tokens = int(config.get("mm_tokens_per_image") or 256)
         self._layout = ImageLayout(side, side, (1, patches, patches), self.tokens, (self.whole,))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.qwen_vl.frames import VideoRule, patch_times, smart_resize
 from pipeline.models.family import (
@@ -21,6 +22,7 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
+from pipeline.models.processor_keys import check_processor
 from pipeline.rows import ImageLayout, PlacedImage, VideoInfo
 from pipeline.settings import ModelSettings, VideoSettings
 from pipeline.templates import qwen2_vl
@@ -60,11 +62,17 @@ _QWEN3_TEXT = {
 }
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
+_QWEN3_SIZE = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's keys: nested in newer files, at the top in the original ones."""
-    return {**_text_defaults(config), **config, **(config.get("text_config") or {})}
+    """The language model's keys: nested in newer files, at the top in the original ones.
+
+    Where they are nested, keys of the same name at the top say nothing, as in transformers.
+    """
+    nested = config.get("text_config")
+    return {**_text_defaults(config), **(config if nested is None else nested)}
 
 
 def _text_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -138,7 +146,7 @@ class QwenVL(Family):
         self._checkpoint = checkpoint
         self._tokenizer: Tokenizer | None = None  # for the times between a video's frames
         self.context_length = int(text.get("max_position_embeddings", 32768))
-        self.eos_token_ids = end_tokens(checkpoint, text, self.template)
+        self.eos_token_ids = end_tokens(checkpoint, {**config, **text}, self.template)
         self.default_sampling = default_sampling(checkpoint.generation_config)
         self.sizes = _sizes(text, config["vision_config"], variant)
         self._read_processor(checkpoint, config["vision_config"], settings)
@@ -147,30 +155,40 @@ class QwenVL(Family):
         self, checkpoint: Checkpoint, vision: Mapping[str, Any], settings: ModelSettings
     ) -> None:
         processor = checkpoint.preprocessor_config
+        check_processor(processor, "bicubic")
         newer = self.variant == "qwen3"
-        size = processor.get("size") or {}
+        # A file that is there has the defaults of the class, one for all; else the hub's are taken.
+        halves = newer and not processor
+        size = processor.get("size") or ({} if not halves else _QWEN3_SIZE)
         self.patch_size = int(processor.get("patch_size") or vision.get("patch_size", 14))
         self.merge_size = int(processor.get("merge_size") or vision.get("spatial_merge_size", 2))
-        self.temporal_patch_size = int(processor.get("temporal_patch_size", 2))
-        half = (0.5, 0.5, 0.5)
-        self.image_mean = tuple(processor.get("image_mean") or (half if newer else _CLIP_MEAN))
-        self.image_std = tuple(processor.get("image_std") or (half if newer else _CLIP_STD))
+        temporal = processor.get("temporal_patch_size") or vision.get("temporal_patch_size", 2)
+        self.temporal_patch_size = int(temporal)
+        self.image_mean = tuple(processor.get("image_mean") or (_HALF if halves else _CLIP_MEAN))
+        self.image_std = tuple(processor.get("image_std") or (_HALF if halves else _CLIP_STD))
         self.min_pixels = settings.min_pixels or int(
             processor.get("min_pixels")
             or size.get("shortest_edge")
             or size.get("min_pixels")
-            or (65_536 if newer else 56 * 56)
+            or 56 * 56
         )
         self.max_pixels = settings.max_pixels or int(
             processor.get("max_pixels")
             or size.get("longest_edge")
             or size.get("max_pixels")
-            or (16_777_216 if newer else 28 * 28 * 1280)
+            or 28 * 28 * 1280
         )
+        videos = checkpoint.video_preprocessor_config
+        self._check_videos(videos)
+        self.video_rule = VideoRule.read(videos, newer, self.factor, self.temporal_patch_size)
 
-        self.video_rule = VideoRule.read(
-            checkpoint.video_preprocessor_config, newer, self.factor, self.temporal_patch_size
-        )
+    def _check_videos(self, processor: Mapping[str, Any]) -> None:
+        """Frames are cut and normalised as images are."""
+        check_processor(processor, "bicubic")
+        for key in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"):
+            given, own = processor.get(key), getattr(self, key)
+            if given is not None and (tuple(given) if isinstance(given, list) else given) != own:
+                raise UserError(f"The processors disagree: {key} is {own}, and {given} for videos.")
 
     @property
     def factor(self) -> int:
