@@ -73,6 +73,8 @@ def _windows(text: Mapping[str, Any]) -> tuple[int | None, ...]:
         near = [(i + 1) % pattern != 0 for i in range(layers)]
     else:
         near = [kind == "sliding_attention" for kind in kinds]
+    if any(near) and not text["sliding_window"]:
+        raise UserError("layer_types names sliding_attention, and the config has no window for it.")
     return tuple(text["sliding_window"] if n else None for n in near)
 
 
@@ -116,10 +118,6 @@ class Projector:
         self.grid = vision.grid
         self.side = math.isqrt(tokens)
         self.pool = vision.grid // self.side
-        if self.side**2 != tokens or not self.pool or vision.grid // self.pool != self.side:
-            raise UserError(
-                f"{vision.grid} x {vision.grid} patches cannot be averaged to {tokens} tokens."
-            )
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, patches, C] -> [B * tokens, H]."""

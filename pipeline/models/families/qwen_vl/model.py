@@ -58,7 +58,7 @@ def _qwen2_5_tower(v: Mapping[str, Any]) -> dict[str, Any]:
             f"vision_config.window_size {v.get('window_size')} is less than an image token covers."
         )
     return {
-        "size": v["hidden_size"],
+        "size": v.get("hidden_size", 3584),
         "inner": v.get("intermediate_size", 3420),
         "out": v.get("out_hidden_size", 3584),
         "act": v.get("hidden_act", "silu"),
@@ -70,7 +70,7 @@ def _qwen2_5_tower(v: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen3_tower(v: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "size": v["hidden_size"],
+        "size": v.get("hidden_size", 1152),
         "inner": v.get("intermediate_size", 4304),
         "out": v.get("out_hidden_size", 3584),
         "act": v.get("hidden_act", "gelu_pytorch_tanh"),
@@ -122,8 +122,7 @@ def decoder_config(config: Mapping[str, Any], variant: str) -> DecoderConfig:
     rope = replace(rope, interleaved=newer)  # whatever the file says
     if newer and len(rope.sections) != 3:
         raise UserError(f"mrope_section {list(rope.sections)} does not name three axes.")
-    tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    differences: dict[str, Any] = {"tied": bool(tied)}
+    differences: dict[str, Any] = {"tied": spec.is_tied(config)}
     if newer:
         bias = bool(text.get("attention_bias", False))
         differences |= {"qk_norm": True, "qkv_bias": bias, "out_bias": bias}

@@ -75,6 +75,12 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**_text_defaults(config), **(config if nested is None else nested)}
 
 
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding; files say so at the top or in the text's part."""
+    parts = (config, text_config(config))
+    return any(bool(part.get("tie_word_embeddings")) for part in parts)
+
+
 def _text_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
     names = [*(config.get("architectures") or ()), str(config.get("model_type"))]
     return _QWEN3_TEXT if any(name in _QWEN3_NAMES for name in names) else _QWEN2_TEXT
@@ -148,7 +154,7 @@ class QwenVL(Family):
         self.context_length = int(text.get("max_position_embeddings", 32768))
         self.eos_token_ids = end_tokens(checkpoint, {**config, **text}, self.template)
         self.default_sampling = default_sampling(checkpoint.generation_config)
-        self.sizes = _sizes(text, config["vision_config"], variant)
+        self.sizes = _sizes(text, config["vision_config"], variant, is_tied(config))
         self._read_processor(checkpoint, config["vision_config"], settings)
 
     def _read_processor(
@@ -290,7 +296,9 @@ class QwenVL(Family):
         return (patches.astype(np.float32) * interval).astype(np.int64)
 
 
-def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> ModelSizes:
+def _sizes(
+    text: Mapping[str, Any], vision: Mapping[str, Any], variant: str, tied: bool
+) -> ModelSizes:
     width = vision.get("embed_dim") if variant == "qwen2" else vision.get("hidden_size")
     width = int(width or 1280)
     inner = int(vision.get("intermediate_size") or width * vision.get("mlp_ratio", 4))
@@ -299,7 +307,7 @@ def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> 
     merged = width * vision.get("spatial_merge_size", 2) ** 2
     deep = len(vision.get("deepstack_visual_indexes", range(3))) if variant == "qwen3" else 0
     return ModelSizes(
-        **decoder_sizes(text, bool(text.get("tie_word_embeddings"))),
+        **decoder_sizes(text, tied),
         vision_params=depth * (4 * width * width + matrices * width * inner),
         projector_params=(1 + deep) * merged * (merged + text["hidden_size"]),
         patches_per_token=vision.get("spatial_merge_size", 2) ** 2,
