@@ -78,9 +78,9 @@ class Checkpoint:
 
     @property
     def preprocessor_config(self) -> dict[str, Any]:
-        """The image processor's settings, also where newer layouts nest them."""
+        """The image processor's settings; those that newer layouts nest go first."""
         nested = (self.json("processor_config.json") or {}).get("image_processor")
-        return self.json("preprocessor_config.json") or nested or {}
+        return nested or self.json("preprocessor_config.json") or {}
 
     @property
     def video_preprocessor_config(self) -> dict[str, Any]:

@@ -27,9 +27,12 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
+    "swish": F.silu,
     "gelu": F.gelu,
+    "gelu_python": F.gelu,
     "gelu_pytorch_tanh": gelu_tanh,
     "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
     "quick_gelu": quick_gelu,
     "relu": F.relu,
 }
@@ -152,7 +155,7 @@ class GatedMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         both = self.gate_up(x)
-        if self.act == "silu":
+        if _ACTIVATIONS[self.act] is F.silu:
             return self.down(swiglu(both))
         if _ACTIVATIONS[self.act] is gelu_tanh:
             return self.down(geglu(both))

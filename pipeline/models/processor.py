@@ -12,14 +12,17 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.models.checkpoint import Checkpoint
 
-BICUBIC = 3  # Pillow's number of the filter
+LANCZOS, BICUBIC = 1, 3  # Pillow's numbers of the filters
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
 _SCALE = 1 / 255
 
 
-def check_steps(checkpoint: Checkpoint, *filters: int) -> None:
-    """Refuse a processor that leaves a step out, or resizes by none of `filters`."""
-    processor = checkpoint.preprocessor_config
+def check_steps(checkpoint: Checkpoint, *filters: int, videos: bool = False) -> None:
+    """Refuse a processor that leaves a step out, or resizes by none of `filters`, if there are any.
+
+    Of `videos`, the processor of its own.
+    """
+    processor = checkpoint.video_preprocessor_config if videos else checkpoint.preprocessor_config
     for step in _STEPS:
         if not processor.get(step, True):
             raise refusal(checkpoint, step, processor[step])
@@ -27,7 +30,7 @@ def check_steps(checkpoint: Checkpoint, *filters: int) -> None:
     if factor is not None and abs(float(factor) - _SCALE) > 1e-7:
         raise refusal(checkpoint, "rescale_factor", factor)
     resample = processor.get("resample")
-    if resample is not None and resample not in filters:
+    if filters and resample is not None and resample not in filters:
         raise refusal(checkpoint, "resample", resample)
 
 

@@ -30,7 +30,7 @@ class RopeConfig:
 
     @property
     def num_axes(self) -> int:
-        return max(1, len(self.sections))
+        return min(max(1, len(self.sections)), 3)
 
 
 def rope_config(
@@ -125,12 +125,12 @@ def _axis_of_frequency(config: RopeConfig) -> list[int]:
     half = config.dim // 2
     if not config.sections:
         return [0] * half
-    if sum(config.sections) != half:
+    if not config.interleaved and sum(config.sections) != half:
         raise UserError(
             f"mrope_section {list(config.sections)} does not add up to {half} frequencies."
         )
     if not config.interleaved:
-        return [axis for axis, size in enumerate(config.sections) for _ in range(size)]
+        return [index % 3 for index, size in enumerate(config.sections) for _ in range(size)]
     axes = [0] * half
     for axis, size in list(enumerate(config.sections))[1:]:
         for index in range(axis, min(size * 3, half), 3):

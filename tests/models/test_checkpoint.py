@@ -39,6 +39,8 @@ def test_nested_processor_settings(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "processor_config.json").write_text('{"image_processor": {"patch_size": 16}}')
     assert open_folder(tmp_path).preprocessor_config == {"patch_size": 16}
+    (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 14}')
+    assert open_folder(tmp_path).preprocessor_config == {"patch_size": 16}
     assert open_folder(tmp_path).generation_config == {}
 
 

@@ -25,9 +25,11 @@ from pipeline.models.families.qwen_vl import spec as qwen_spec
 from pipeline.models.families.smolvlm import spec as smolvlm
 from pipeline.models.rope import rope_config
 from pipeline.settings import ModelSettings
-from tests.helpers.checkpoints import write_qwen2_vl
-from tests.helpers.parity import make_prompt, open_ours, our_logits, random_text
+from tests.helpers.checkpoints import write_qwen2_5_vl, write_qwen2_vl
+from tests.helpers.gemma_checkpoint import write_gemma3
+from tests.helpers.parity import make_prompt, open_found, open_ours, our_logits, random_text
 from tests.helpers.pixtral_checkpoint import write_twin as write_pixtral
+from tests.helpers.smolvlm_checkpoint import write_smolvlm
 
 transformers = pytest.importorskip("transformers")
 
@@ -196,3 +198,35 @@ def test_a_tied_checkpoint_with_a_head_of_its_own(tmp_path: Path) -> None:
         with torch.no_grad():
             reference = theirs(input_ids=torch.from_numpy(prompt.tokens)[None].long()).logits[0]
         torch.testing.assert_close(found, reference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("write", "part", "change", "words"),
+    [
+        (write_qwen2_vl, "preprocessor_config.json", {"do_resize": False}, "do_resize"),
+        (write_qwen2_vl, "preprocessor_config.json", {"rescale_factor": 0.5}, "rescale_factor"),
+        (write_gemma3, "preprocessor_config.json", {"do_normalize": False}, "do_normalize"),
+        (write_gemma3, "preprocessor_config.json", {"resample": 0}, "resample"),
+        (write_gemma3, "config.json", {"mm_tokens_per_image": 25}, "averaged to 25 tokens"),
+        (write_smolvlm, "preprocessor_config.json", {"resample": 3}, "resample 3"),
+        (write_smolvlm, "preprocessor_config.json", {"size": {"height": 9}}, "longest_edge"),
+        (write_smolvlm, "config.json", {"scale_factor": 3}, "scale_factor 3"),
+        (write_qwen2_vl, "video_preprocessor_config.json", {"patch_size": 7}, "7 for videos"),
+        (write_qwen2_5_vl, "config.json", {"vision_config": {"window_size": 9}}, "window_size 9"),
+        (
+            write_qwen2_5_vl,
+            "config.json",
+            {"layer_types": ["sliding_attention"] * 3},
+            "sliding_attention",
+        ),
+    ],
+)
+def test_what_no_model_of_ours_does_is_refused(
+    tmp_path: Path, write: Any, part: str, change: dict[str, Any], words: str
+) -> None:
+    path = write(tmp_path) / part
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    nested = {k: found[k] | v for k, v in change.items() if k == "vision_config"}
+    path.write_text(json.dumps(found | change | nested))
+    with pytest.raises(UserError, match=words):
+        open_found(tmp_path)

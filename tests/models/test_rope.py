@@ -23,6 +23,9 @@ def test_sections_follow_their_axes() -> None:
     assert Rope(config, "cpu").axes.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
     config = RopeConfig(theta=1e4, dim=16, sections=(4, 2, 2), interleaved=True)
     assert Rope(config, "cpu").axes.tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
+    config = RopeConfig(theta=1e4, dim=16, sections=(1, 3, 2, 2))
+    assert Rope(config, "cpu").axes.tolist() == [0, 1, 1, 1, 2, 2, 0, 0]
+    assert config.num_axes == 3
 
 
 def test_config_keys_old_and_new_mean_the_same() -> None:
@@ -31,6 +34,14 @@ def test_config_keys_old_and_new_mean_the_same() -> None:
     at = torch.arange(9)[None]
     first, second = (Rope(rope_config(text, 8), "cpu")(at) for text in (old, new))
     torch.testing.assert_close(first, second)
+
+
+def test_old_keys_go_before_new_ones_and_yarn_may_leave_its_factor_out() -> None:
+    text = {"max_position_embeddings": 400, "rope_parameters": {"rope_type": "spiral"}}
+    yarn = {"type": "yarn", "factor": None, "original_max_position_embeddings": 100}
+    first = Rope(rope_config(text | {"rope_scaling": yarn}, 8), "cpu")
+    second = Rope(rope_config(text | {"rope_scaling": yarn | {"factor": 4.0}}, 8), "cpu")
+    torch.testing.assert_close(first.inv_freq, second.inv_freq)
 
 
 def test_part_of_a_head_may_turn() -> None:

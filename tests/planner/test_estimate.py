@@ -159,7 +159,7 @@ def test_a_card_that_is_too_small(monkeypatch: pytest.MonkeyPatch, folder: Path)
 
 
 def test_weight_bytes_by_type() -> None:
-    sizes = _sizes(BIG, BIG_VISION, "qwen2_5")
+    sizes = _sizes(BIG, BIG_VISION, "qwen2_5", False)
     half, full, quantized = (sizes.num_bytes(*each) for each in ((2, False), (4, False), (2, True)))
     assert full == 2 * half
     assert quantized == half - sizes.decoder_params

@@ -6,6 +6,7 @@ by `TowerConfig`. Knows no resize and no decoder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,14 +44,19 @@ class TowerConfig:
     gated: bool = False  # Qwen2.5: RMS norms and a gated MLP
     window: int = 0
     full_blocks: frozenset[int] = frozenset()  # of a tower with windows
-    table_side: int = 0  # Qwen3: side of the learned position table
-    deepstack: tuple[int, ...] = ()  # Qwen3: blocks whose output is merged too
+    table_rows: int = 0  # Qwen3: rows of the learned position table, a square and maybe some more
+    deepstack: tuple[int, ...] = ()  # Qwen3: blocks whose output is merged too, where they exist
+    theta: float = 1e4  # of the rotation
     linear_names: tuple[str, str] = ("fc1", "fc2")
     merger_names: tuple[str, str, str] = ("ln_q", "mlp.0", "mlp.2")
 
     @property
     def head_dim(self) -> int:
         return self.size // self.heads
+
+    @property
+    def table_side(self) -> int:
+        return math.isqrt(self.table_rows)
 
 
 @dataclass(slots=True)
@@ -120,17 +126,24 @@ class QwenTower:
         self.embed = self._take_embed(weights, name)
         self.table = None
         if c.table_side:
-            self.table = weights.take(f"{name}.pos_embed.weight", (c.table_side**2, c.size))
+            self.table = weights.take(f"{name}.pos_embed.weight", (c.table_rows, c.size))
         self.blocks = [_take_block(weights, f"{name}.blocks.{i}", c) for i in range(c.depth)]
         self.merger = Merger(weights, f"{name}.merger", c)
-        self.deep = {
-            block: Merger(weights, f"{name}.deepstack_merger_list.{i}", c, wide_norm=True)
-            for i, block in enumerate(c.deepstack)
-        }
+        self.deep = self._take_deep(weights, f"{name}.deepstack_merger_list")
         steps = torch.arange(0, c.head_dim // 2, 2, dtype=torch.float32)
-        inv_freq = 1.0 / (10000.0 ** (steps / (c.head_dim // 2)))
+        inv_freq = 1.0 / (c.theta ** (steps / (c.head_dim // 2)))
         self.inv_freq = inv_freq.to(weights.device)
         self.planner = Planner(c.merge, self.inv_freq, c.window, c.table_side)
+
+    def _take_deep(self, weights: Weights, name: str) -> dict[int, Merger]:
+        """Mergers by their block; a checkpoint may hold some for blocks that it has not."""
+        deep: dict[int, Merger] = {}
+        for i, block in enumerate(self.config.deepstack):
+            if block in range(self.config.depth) and block not in deep:
+                deep[block] = Merger(weights, f"{name}.{i}", self.config, wide_norm=True)
+            else:
+                weights.drop_all(f"{name}.{i}.")
+        return deep
 
     def _take_embed(self, weights: Weights, name: str) -> Linear:
         c = self.config

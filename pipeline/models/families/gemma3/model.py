@@ -6,6 +6,7 @@ see each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import astuple
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
@@ -42,6 +44,9 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     text = spec.text_config(config)
     wide, near = _ropes(text)
     bias = bool(text.get("attention_bias", False))
+    # NOTE: as transformers, which heeds attn_logit_softcapping nowhere and the logits' cap in its
+    # text model alone.
+    cap = None if "text_config" in config else text.get("final_logit_softcapping")
     return common_config(
         text,
         wide,
@@ -54,10 +59,9 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         post_norms=True,
         act=text["hidden_activation"],
         scale=text["query_pre_attn_scalar"] ** -0.5,
-        softcap=text.get("attn_logit_softcapping"),
-        logit_softcap=text.get("final_logit_softcapping"),
+        logit_softcap=cap,
         embed_scale=text["hidden_size"] ** 0.5,
-        tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))),
+        tied=bool(config.get("tie_word_embeddings", True)),
         image_spans=True,
     )
 
@@ -69,18 +73,19 @@ def _windows(text: Mapping[str, Any]) -> tuple[int | None, ...]:
         near = [(i + 1) % pattern != 0 for i in range(layers)]
     else:
         near = [kind == "sliding_attention" for kind in kinds]
+    if any(near) and not text["sliding_window"]:
+        raise UserError("layer_types names sliding_attention, and the config has no window for it.")
     return tuple(text["sliding_window"] if n else None for n in near)
 
 
 def _ropes(text: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:
     """The rope of layers that see everything, and of those with a window."""
     newer = text.get("rope_parameters") or {}
-    wide = newer.get("full_attention") or text.get("rope_scaling") or {}
+    wide = {**(newer.get("full_attention") or {}), **(text.get("rope_scaling") or {})}
     near = newer.get("sliding_attention") or {}
     thetas = text.get("rope_theta", 1e6), text.get("rope_local_base_freq", 1e4)
-    plain = {key: value for key, value in text.items() if key != "rope_scaling"}
     found = [
-        rope_config({**plain, "rope_parameters": {"rope_theta": theta, **own}}, text["head_dim"])
+        rope_config({**text, "rope_scaling": {"rope_theta": theta, **own}}, text["head_dim"])
         for theta, own in zip(thetas, (wide, near), strict=True)
     ]
     return found[0], found[1]
@@ -110,12 +115,15 @@ class Projector:
         # NOTE: stored with its inputs first.
         weight = weights.take(f"{name}.mm_input_projection_weight", (vision.size, hidden))
         self.linear = Linear(weight.T.contiguous())
-        self.side = int(tokens**0.5)
+        self.grid = vision.grid
+        self.side = math.isqrt(tokens)
         self.pool = vision.grid // self.side
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, patches, C] -> [B * tokens, H]."""
-        cut = x.view(len(x), self.side, self.pool, self.side, self.pool, -1)
+        whole = self.side * self.pool  # patches beyond are not seen
+        square = x.unflatten(1, (self.grid, self.grid))[:, :whole, :whole]
+        cut = square.reshape(len(x), self.side, self.pool, self.side, self.pool, -1)
         pooled = cut.mean((2, 4)).flatten(0, 2)
         return self.linear(self.norm(pooled)[0])
 

@@ -8,6 +8,7 @@ torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -25,6 +26,7 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
+from pipeline.models.processor import check_steps
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import gemma_it
@@ -50,12 +52,12 @@ _TEXT_DEFAULTS = {
     "sliding_window_pattern": 6,
 }
 _VISION_DEFAULTS = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 896,
-    "patch_size": 14,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
     "layer_norm_eps": 1e-6,
     "hidden_act": "gelu_pytorch_tanh",
 }
@@ -113,6 +115,7 @@ class Gemma3(Family):
         if vision is None:
             self.takes = frozenset()
         else:
+            check_steps(checkpoint, *_FILTERS)
             self._read_processor(processor, config, vision)
 
     def _read_processor(
@@ -126,8 +129,14 @@ class Gemma3(Family):
             raise UserError(
                 f"preprocessor_config.json resizes images to {size}, the tower takes {side} pixels."
             )
-        self.whole = View(side, side, (side, side), filter=_FILTERS[processor.get("resample", 2)])
+        number = processor.get("resample")
+        filter = _FILTERS[2 if number is None else number]
+        self.whole = View(side, side, (side, side), filter=filter)
         self.tokens = int(config.get("mm_tokens_per_image") or 256)
+        if not _averages(patches, self.tokens):
+            raise UserError(
+                f"{patches} x {patches} patches cannot be averaged to {self.tokens} tokens."
+            )
         self._layout = ImageLayout(side, side, (1, patches, patches), self.tokens, (self.whole,))
 
     @cached_property
@@ -175,6 +184,13 @@ class Gemma3(Family):
             chunks.append(chunk)
             length += len(chunk)
         return np.concatenate(chunks), tuple(starts.values())
+
+
+def _averages(patches: int, tokens: int) -> bool:
+    """Whether squares of patches make `tokens`; patches beyond whole squares are left out."""
+    side = math.isqrt(tokens)
+    pool = patches // side
+    return side**2 == tokens and pool > 0 and patches // pool == side
 
 
 def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any] | None, tokens: int) -> ModelSizes:

@@ -60,6 +60,7 @@ class VideoRule:
     max_frames: int
     capped: bool
     max_tokens: int
+    num_frames: int | None = None
 
     @classmethod
     def read(
@@ -81,6 +82,7 @@ class VideoRule:
             max_frames=int(processor.get("max_frames") or 768),
             capped=bool(processor.get("cap_pixels_per_frame")),
             max_tokens=int(processor.get("max_video_tokens") or (768 if newer else 128_000)),
+            num_frames=None if newer else processor.get("num_frames"),
         )
 
     def clip(self, info: VideoInfo, settings: VideoSettings) -> Clip:
@@ -92,7 +94,7 @@ class VideoRule:
             max_frames=settings.max_frames or self.max_frames,
         )
         choose = rule._even if self.newer else rule._paired
-        frames = choose(info, settings.num_frames)
+        frames = choose(info, settings.num_frames or (None if settings.fps else self.num_frames))
         return Clip(frames, info.fps, len(frames) / info.num_frames * info.fps)
 
     def size(self, info: VideoInfo, num_frames: int, settings: VideoSettings) -> tuple[int, int]:

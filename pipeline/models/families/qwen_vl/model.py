@@ -7,6 +7,7 @@ but the image's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,24 +52,29 @@ def _qwen2_tower(v: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen2_5_tower(v: Mapping[str, Any]) -> dict[str, Any]:
     patch, merge = v.get("patch_size", 14), v.get("spatial_merge_size", 2)
+    window = v.get("window_size", 112) // merge // patch
+    if not window:
+        raise UserError(
+            f"vision_config.window_size {v.get('window_size')} is less than an image token covers."
+        )
     return {
-        "size": v["hidden_size"],
+        "size": v.get("hidden_size", 3584),
         "inner": v.get("intermediate_size", 3420),
         "out": v.get("out_hidden_size", 3584),
         "act": v.get("hidden_act", "silu"),
         "gated": True,
-        "window": v.get("window_size", 112) // merge // patch,
+        "window": window,
         "full_blocks": frozenset(v.get("fullatt_block_indexes", (7, 15, 23, 31))),
     }
 
 
 def _qwen3_tower(v: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "size": v["hidden_size"],
+        "size": v.get("hidden_size", 1152),
         "inner": v.get("intermediate_size", 4304),
         "out": v.get("out_hidden_size", 3584),
         "act": v.get("hidden_act", "gelu_pytorch_tanh"),
-        "table_side": int(v.get("num_position_embeddings", 2304) ** 0.5),
+        "table_rows": v.get("num_position_embeddings", 2304),
         "deepstack": tuple(v.get("deepstack_visual_indexes", (8, 16, 24))),
         "linear_names": ("linear_fc1", "linear_fc2"),
         "merger_names": ("norm", "linear_fc1", "linear_fc2"),
@@ -94,8 +100,17 @@ def tower_config(config: Mapping[str, Any], variant: str) -> TowerConfig:
         temporal=v.get("temporal_patch_size", 2),
         merge=v.get("spatial_merge_size", 2),
         channels=v.get("in_channels", v.get("in_chans", 3)),
+        theta=_tower_theta(v),
         **read(v),
     )
+
+
+def _tower_theta(v: Mapping[str, Any]) -> float:
+    rope = v.get("rope_scaling") or v.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "axial"
+    if kind not in ("axial", "default"):
+        raise UserError(f"The image tower's rope type {kind!r} is unknown; known: axial.")
+    return float(rope.get("rope_theta") or v.get("rope_theta") or 1e4)
 
 
 def decoder_config(config: Mapping[str, Any], variant: str) -> DecoderConfig:
@@ -104,8 +119,10 @@ def decoder_config(config: Mapping[str, Any], variant: str) -> DecoderConfig:
     newer = variant == "qwen3"
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     rope = rope_config(text, head_dim, default_theta=5e5 if newer else 1e6)
-    tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    differences: dict[str, Any] = {"tied": bool(tied)}
+    rope = replace(rope, interleaved=newer)  # whatever the file says
+    if newer and len(rope.sections) != 3:
+        raise UserError(f"mrope_section {list(rope.sections)} does not name three axes.")
+    differences: dict[str, Any] = {"tied": spec.is_tied(config)}
     if newer:
         bias = bool(text.get("attention_bias", False))
         differences |= {"qk_norm": True, "qkv_bias": bias, "out_bias": bias}
@@ -116,10 +133,17 @@ def decoder_config(config: Mapping[str, Any], variant: str) -> DecoderConfig:
 
 def _windows(text: Mapping[str, Any]) -> tuple[int | None, ...]:
     size = text.get("sliding_window") if text.get("use_sliding_window") else None
-    if size is None:
+    kinds = text.get("layer_types")
+    if kinds is not None:
+        near = [kind == "sliding_attention" for kind in kinds]
+    else:
+        first = text.get("max_window_layers", 80)
+        near = [size is not None and i >= first for i in range(text["num_hidden_layers"])]
+    if not any(near):
         return ()
-    first = text.get("max_window_layers", 80)
-    return tuple(size if i >= first else None for i in range(text["num_hidden_layers"]))
+    if size is None:
+        raise UserError("layer_types names sliding_attention, and the config has no window for it.")
+    return tuple(size if n else None for n in near)
 
 
 class QwenVL(Model):
@@ -139,7 +163,7 @@ class QwenVL(Model):
 
     @property
     def feature_size(self) -> int:
-        return self.decoder.config.hidden_size * (1 + len(self.tower.config.deepstack))
+        return self.decoder.config.hidden_size * (1 + len(self.tower.deep))
 
     def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:
         sized = [_sized(image, layout) for image, layout in zip(images, layouts, strict=True)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.qwen_vl.frames import VideoRule, patch_times, smart_resize
 from pipeline.models.family import (
@@ -21,6 +22,7 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
+from pipeline.models.processor import BICUBIC, check_steps
 from pipeline.rows import ImageLayout, PlacedImage, VideoInfo
 from pipeline.settings import ModelSettings, VideoSettings
 from pipeline.templates import qwen2_vl
@@ -60,11 +62,23 @@ _QWEN3_TEXT = {
 }
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
+_QWEN3_SIZE = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's keys: nested in newer files, at the top in the original ones."""
-    return {**_text_defaults(config), **config, **(config.get("text_config") or {})}
+    """The language model's keys: nested in newer files, at the top in the original ones.
+
+    Where they are nested, keys of the same name at the top say nothing, as in transformers.
+    """
+    nested = config.get("text_config")
+    return {**_text_defaults(config), **(config if nested is None else nested)}
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding; files say so at the top or in the text's part."""
+    parts = (config, text_config(config))
+    return any(bool(part.get("tie_word_embeddings")) for part in parts)
 
 
 def _text_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -138,39 +152,50 @@ class QwenVL(Family):
         self._checkpoint = checkpoint
         self._tokenizer: Tokenizer | None = None  # for the times between a video's frames
         self.context_length = int(text.get("max_position_embeddings", 32768))
-        self.eos_token_ids = end_tokens(checkpoint, text, self.template)
+        self.eos_token_ids = end_tokens(checkpoint, {**config, **text}, self.template)
         self.default_sampling = default_sampling(checkpoint.generation_config)
-        self.sizes = _sizes(text, config["vision_config"], variant)
+        self.sizes = _sizes(text, config["vision_config"], variant, is_tied(config))
         self._read_processor(checkpoint, config["vision_config"], settings)
 
     def _read_processor(
         self, checkpoint: Checkpoint, vision: Mapping[str, Any], settings: ModelSettings
     ) -> None:
         processor = checkpoint.preprocessor_config
+        check_steps(checkpoint, BICUBIC)
         newer = self.variant == "qwen3"
-        size = processor.get("size") or {}
+        # A file that is there has the defaults of the class, one for all; else the hub's are taken.
+        halves = newer and not processor
+        size = processor.get("size") or ({} if not halves else _QWEN3_SIZE)
         self.patch_size = int(processor.get("patch_size") or vision.get("patch_size", 14))
         self.merge_size = int(processor.get("merge_size") or vision.get("spatial_merge_size", 2))
-        self.temporal_patch_size = int(processor.get("temporal_patch_size", 2))
-        half = (0.5, 0.5, 0.5)
-        self.image_mean = tuple(processor.get("image_mean") or (half if newer else _CLIP_MEAN))
-        self.image_std = tuple(processor.get("image_std") or (half if newer else _CLIP_STD))
+        temporal = processor.get("temporal_patch_size") or vision.get("temporal_patch_size", 2)
+        self.temporal_patch_size = int(temporal)
+        self.image_mean = tuple(processor.get("image_mean") or (_HALF if halves else _CLIP_MEAN))
+        self.image_std = tuple(processor.get("image_std") or (_HALF if halves else _CLIP_STD))
         self.min_pixels = settings.min_pixels or int(
             processor.get("min_pixels")
             or size.get("shortest_edge")
             or size.get("min_pixels")
-            or (65_536 if newer else 56 * 56)
+            or 56 * 56
         )
         self.max_pixels = settings.max_pixels or int(
             processor.get("max_pixels")
             or size.get("longest_edge")
             or size.get("max_pixels")
-            or (16_777_216 if newer else 28 * 28 * 1280)
+            or 28 * 28 * 1280
         )
+        videos = checkpoint.video_preprocessor_config
+        self._check_videos(checkpoint)
+        self.video_rule = VideoRule.read(videos, newer, self.factor, self.temporal_patch_size)
 
-        self.video_rule = VideoRule.read(
-            checkpoint.video_preprocessor_config, newer, self.factor, self.temporal_patch_size
-        )
+    def _check_videos(self, checkpoint: Checkpoint) -> None:
+        """Frames are cut and normalised as images are."""
+        check_steps(checkpoint, BICUBIC, videos=True)
+        processor = checkpoint.video_preprocessor_config
+        for key in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"):
+            given, own = processor.get(key), getattr(self, key)
+            if given is not None and (tuple(given) if isinstance(given, list) else given) != own:
+                raise UserError(f"The processors disagree: {key} is {own}, and {given} for videos.")
 
     @property
     def factor(self) -> int:
@@ -272,7 +297,9 @@ class QwenVL(Family):
         return (patches.astype(np.float32) * interval).astype(np.int64)
 
 
-def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> ModelSizes:
+def _sizes(
+    text: Mapping[str, Any], vision: Mapping[str, Any], variant: str, tied: bool
+) -> ModelSizes:
     width = vision.get("embed_dim") if variant == "qwen2" else vision.get("hidden_size")
     width = int(width or 1280)
     inner = int(vision.get("intermediate_size") or width * vision.get("mlp_ratio", 4))
@@ -281,7 +308,7 @@ def _sizes(text: Mapping[str, Any], vision: Mapping[str, Any], variant: str) -> 
     merged = width * vision.get("spatial_merge_size", 2) ** 2
     deep = len(vision.get("deepstack_visual_indexes", range(3))) if variant == "qwen3" else 0
     return ModelSizes(
-        **decoder_sizes(text, bool(text.get("tie_word_embeddings"))),
+        **decoder_sizes(text, tied),
         vision_params=depth * (4 * width * width + matrices * width * inner),
         projector_params=(1 + deep) * merged * (merged + text["hidden_size"]),
         patches_per_token=vision.get("spatial_merge_size", 2) ** 2,

@@ -28,6 +28,17 @@ MAX_TILES = 64  # of one pass of the tower
 RENAME = ((r"^model\.text_model\.", "model."),)
 
 
+def table_places(grid: int, side: int) -> Tensor:
+    """For each patch of a tile, the row of a table of `side` x `side` in which it begins.
+
+    In float32 as the reference, which gives 25 patches of 25 other rows than their own.
+    """
+    begins = torch.arange(grid, dtype=torch.float32) * (1.0 / torch.tensor(grid))
+    edges = torch.arange(1 / side, 1.0, 1 / side)
+    cells = torch.bucketize(begins.clamp(max=1.0 - 1e-6), edges, right=True)
+    return (cells[:, None] * side + cells).flatten()
+
+
 class SmolVLM(Model):
     """A SmolVLM2 checkpoint on one device."""
 
@@ -40,7 +51,8 @@ class SmolVLM(Model):
         project: Linear,
     ) -> None:
         super().__init__(family, decoder, embedding)
-        self.tower, self.project, self.shuffle = tower, project, family.shuffle
+        self.tower, self.project = tower, project
+        self.shuffle, self.grid = family.shuffle, family.grid
         self.tile, self.mean, self.std = family.tile, family.image_mean, family.image_std
         self._blocks = lru_cache(64)(self._make_blocks)
 
@@ -68,7 +80,7 @@ class SmolVLM(Model):
 
     def _shuffled(self, x: Tensor) -> Tensor:
         """Square groups of patches as one: [B, N, C] -> [B, N / s², s² C]."""
-        s, side = self.shuffle, self.tower.config.grid
+        s, side = self.shuffle, self.grid
         grouped = x.view(len(x), side // s, s, side // s, s, -1).transpose(2, 3)
         return grouped.reshape(len(x), (side // s) ** 2, -1)
 
@@ -84,11 +96,21 @@ def build(checkpoint: Checkpoint, family: spec.SmolVLM, weights: Weights) -> Smo
     text, vision = spec.text_config(checkpoint.config), spec.vision_config(checkpoint.config)
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     tied = bool(checkpoint.config.get("tie_word_embeddings", False))
-    config = common_config(text, rope_config(text, head_dim), tied=tied)
+    bias, mlp_bias = bool(text.get("attention_bias")), bool(text.get("mlp_bias"))
+    config = common_config(
+        text,
+        rope_config(text, head_dim),
+        tied=tied,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=mlp_bias,
+    )
     sizes = vit_config(vision)
     embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     decoder = Decoder.take(weights, config, embedding)
     tower = SiglipTower(weights, sizes, "model.vision_model")
+    places = table_places(family.grid, sizes.grid).to(tower.table.device)
+    tower.table = tower.table.index_select(0, places)
     projection, into = "model.connector.modality_projection.proj", sizes.size * family.shuffle**2
     project = Linear.take(weights, projection, config.hidden_size, into, bias=False)
     return SmolVLM(family, decoder, embedding, tower, project)

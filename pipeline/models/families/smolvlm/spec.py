@@ -22,6 +22,7 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
+from pipeline.models.processor import LANCZOS, check_steps
 from pipeline.rows import ImageLayout, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import smolvlm
@@ -59,7 +60,10 @@ def build(checkpoint: Checkpoint, settings: ModelSettings) -> SmolVLM:
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return _TEXT | config["text_config"]
+    text = _TEXT | config["text_config"]
+    if text.get("model_type", "llama") != "llama":
+        raise UserError(f"text_config.model_type {text['model_type']!r} is unknown; known: 'llama'")
+    return text
 
 
 def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,8 +111,9 @@ class SmolVLM(Family):
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
         text, vision = text_config(checkpoint.config), vision_config(checkpoint.config)
         processor = checkpoint.preprocessor_config
-        self.tile = int((processor.get("max_image_size") or {}).get("longest_edge", 364))
-        self.longest = int((processor.get("size") or {}).get("longest_edge", 4 * 364))
+        check_steps(checkpoint, LANCZOS)
+        self.tile = _longest_edge(processor, "max_image_size", 364)
+        self.longest = _longest_edge(processor, "size", 4 * 364)
         if settings.max_pixels is not None:  # whole tiles, since images are stretched to them
             tiles = math.isqrt(settings.max_pixels) // self.tile
             self.longest = min(self.longest, tiles * self.tile)
@@ -118,11 +123,17 @@ class SmolVLM(Family):
         self.image_mean = tuple(processor.get("image_mean") or (0.5, 0.5, 0.5))
         self.image_std = tuple(processor.get("image_std") or (0.5, 0.5, 0.5))
         self.shuffle = int(checkpoint.config.get("scale_factor", 2))
-        self.tile_tokens = (vision["image_size"] // vision["patch_size"] // self.shuffle) ** 2
+        self.grid = self.tile // vision["patch_size"]  # patches along a side of a tile
+        if not self.grid or self.grid % self.shuffle:
+            raise UserError(
+                f"model.id {checkpoint.id!r}: tiles of {self.grid} x {self.grid} patches cannot be"
+                f" grouped by scale_factor {self.shuffle}"
+            )
+        self.tile_tokens = (self.grid // self.shuffle) ** 2
         self.context_length = int(text["max_position_embeddings"])
         self.eos_token_ids = end_tokens(checkpoint, checkpoint.config, self.template)
         self.default_sampling = default_sampling(checkpoint.generation_config)
-        self.sizes = _sizes(checkpoint.config, vision, self.shuffle)
+        self.sizes = _sizes(checkpoint.config, vision, self.shuffle, self.grid)
         self._read_tokens(checkpoint)
 
     def _read_tokens(self, checkpoint: Checkpoint) -> None:
@@ -166,14 +177,25 @@ class SmolVLM(Family):
         return block
 
 
-def _sizes(config: Mapping[str, Any], vision: Mapping[str, Any], shuffle: int) -> ModelSizes:
+def _longest_edge(processor: Mapping[str, Any], key: str, default: int) -> int:
+    size = processor.get(key)
+    if size is None:
+        return default
+    if not isinstance(size, dict) or not size.get("longest_edge"):
+        raise UserError(f"preprocessor_config.json: {key} is {size}, which has no longest_edge")
+    return int(size["longest_edge"])
+
+
+def _sizes(
+    config: Mapping[str, Any], vision: Mapping[str, Any], shuffle: int, grid: int
+) -> ModelSizes:
     text, width, depth = text_config(config), vision["hidden_size"], vision["num_hidden_layers"]
     return ModelSizes(
         **decoder_sizes(text, config.get("tie_word_embeddings", False)),
         vision_params=depth * (4 * width * width + 2 * width * vision["intermediate_size"]),
         projector_params=width * shuffle**2 * text["hidden_size"],
         patches_per_token=shuffle**2,
-        patches_per_run=(vision["image_size"] // vision["patch_size"]) ** 2,
+        patches_per_run=grid**2,
         vision_width=width,
         vision_full_blocks=depth,
     )
