@@ -6,13 +6,17 @@ Latent attention or plain heads, mixtures of experts after the first layers. Kno
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipeline.models.decoder import DecoderConfig, common_config
 from pipeline.models.deepseek_sizes import has_latent
 from pipeline.models.mla import MlaConfig, mla_scale
 from pipeline.models.moe import moe_config
-from pipeline.models.rope import rope_config
+from pipeline.models.rope import RopeConfig, rope_config, yarn_growth
+
+# What the original YaRN takes for a key that rope_scaling leaves out.
+_YARN = {"original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 0.0}
 
 
 def mla_config(text: Mapping[str, Any]) -> MlaConfig | None:
@@ -28,13 +32,24 @@ def mla_config(text: Mapping[str, Any]) -> MlaConfig | None:
     )
 
 
+def _rope(text: Mapping[str, Any], dim: int) -> RopeConfig:
+    """Angles' size by the original's rule, which an `mscale_all_dim` of 0 does not switch off."""
+    rope = rope_config(text, dim)
+    if rope.kind != "yarn":
+        return rope
+    given = text.get("rope_scaling") or text["rope_parameters"]
+    s = {**_YARN, **given}
+    top, bottom = (yarn_growth(s["factor"], s[key]) for key in ("mscale", "mscale_all_dim"))
+    return replace(rope, scaling=s | {"attention_factor": top / bottom, "truncate": True})
+
+
 def deepseek_config(text: Mapping[str, Any], **differences: Any) -> DecoderConfig:
     """Read a text config whose missing keys are filled in already."""
     mla = mla_config(text)
     if mla is None:
         head_dim = text["hidden_size"] // text["num_attention_heads"]
         return common_config(text, rope_config(text, head_dim), moe=moe_config(text), **differences)
-    rope = rope_config(text, mla.rope)
+    rope = _rope(text, mla.rope)
     values = {
         "head_dim": mla.row,
         "num_kv_heads": 1,

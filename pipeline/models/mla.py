@@ -8,7 +8,6 @@ is decompressed; the output leaves that space again. Knows no cache. Source: Dee
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from pipeline.kernels.mla_pack import pack_row
 from pipeline.models.fp8 import quantize_block
 from pipeline.models.layers import Linear, RMSNorm
 from pipeline.models.loading import Weights
+from pipeline.models.rope import yarn_growth
 
 NORM_EPS = 1e-6  # of the latents' norms, whatever the config says of the others
 
@@ -46,11 +46,8 @@ class MlaConfig:
 
 def mla_scale(c: MlaConfig, rope: Mapping[str, Any]) -> float:
     """What multiplies query·key; grows with a stretched context (YaRN)."""
-    scale, factor = c.query**-0.5, float(rope.get("factor") or 1.0)
-    all_dim = rope.get("mscale_all_dim")
-    if all_dim and factor > 1:
-        scale *= (0.1 * all_dim * math.log(factor) + 1.0) ** 2
-    return scale
+    factor, all_dim = float(rope.get("factor") or 1.0), float(rope.get("mscale_all_dim") or 0.0)
+    return c.query**-0.5 * yarn_growth(factor, all_dim) ** 2
 
 
 def halves(size: int) -> list[int]:

@@ -110,11 +110,15 @@ def _yarn_size(scaling: Mapping[str, Any], factor: float) -> float:
     if given is not None:
         return float(given)
 
-    def size(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
     top, bottom = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    return size(top) / size(bottom) if top and bottom else size(1.0)
+    if top and bottom:
+        return yarn_growth(factor, top) / yarn_growth(factor, bottom)
+    return yarn_growth(factor)
+
+
+def yarn_growth(factor: float, mscale: float = 1.0) -> float:
+    """How much YaRN lets queries and keys grow in a context stretched by `factor`."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 _KINDS = {"default": _plain, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.models.decoder import Decoder, embed_tokens
 from pipeline.models.deepseek import deepseek_config
 from pipeline.models.loading import Weights
 from pipeline.models.moe import MoeConfig, moe_config, route
+from pipeline.models.rope import Rope
 from tests.helpers.parity import difference, random_text
 
 SIZES = {
@@ -136,3 +138,20 @@ def test_float8_experts_are_near_the_others(tmp_path: Path) -> None:
     assert difference(after, before) > 1e-4
     alike = torch.nn.functional.cosine_similarity(before, after)
     assert alike.median() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ({"mscale": 0.5}, 0.05 * math.log(4) + 1),
+        ({"mscale": 0.5, "mscale_all_dim": 0}, 0.05 * math.log(4) + 1),
+        ({"mscale_all_dim": 0.7}, (0.1 * math.log(4) + 1) / (0.07 * math.log(4) + 1)),
+        ({}, 0.1 * math.log(4) + 1),
+    ],
+)
+def test_what_a_stretched_context_leaves_out(given: dict[str, float], size: float) -> None:
+    """The original's defaults, which differ from those of transformers."""
+    scaling = {"type": "yarn", "factor": 4.0} | given
+    config = deepseek_config(SIZES | {"rope_scaling": scaling, "rope_theta": 1e4})
+    assert Rope(config.rope, "cpu").size == pytest.approx(size)
+    assert config.rope.scaling["original_max_position_embeddings"] == 4096
