@@ -5,6 +5,7 @@ Knows nothing of what a model makes of them.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,3 +38,11 @@ def save_twin(model: Any, folder: Path, twin: Path) -> Path:
         if file.name not in ("config.json", "generation_config.json"):
             shutil.copyfile(file, twin / file.name)
     return twin
+
+
+def set_keys(folder: Path, file: str, **changes: Any) -> Path:
+    """Change keys at the top of one of the folder's JSON files."""
+    path = folder / file
+    kept = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(kept | changes), encoding="utf-8")
+    return folder

@@ -22,8 +22,15 @@ from pipeline.rows import Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import Bench, outputs, questions
-from tests.helpers.checkpoint_copies import set_tensor
-from tests.helpers.deepseek_vl2_checkpoint import CANDIDATES, IDS, SIDE, SPECIAL, write_deepseek_vl2
+from tests.helpers.checkpoint_copies import set_keys, set_tensor
+from tests.helpers.deepseek_vl2_checkpoint import (
+    CANDIDATES,
+    IDS,
+    PATCH,
+    SIDE,
+    SPECIAL,
+    write_deepseek_vl2,
+)
 from tests.helpers.families import found_family
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.parity import (
@@ -309,3 +316,25 @@ def test_run_with_a_wrong_template(folders: dict[str, Path], tmp_path: Path) -> 
     ended = start_run(folders["tiny"], tmp_path, [(8, 8)], template="janus-pro")
     assert ended.returncode == 2
     assert "deepseek-vl2" in ended.stderr
+
+
+def test_pixels_that_are_not_normalised(tmp_path: Path) -> None:
+    folder = write_deepseek_vl2(tmp_path, "tiny")
+    set_keys(folder, "processor_config.json", normalize=False, image_mean=[0.4, 0.5, 0.6])
+    family = family_of(folder)
+    assert (family.image_mean, family.image_std) == ((0.0,) * 3, (1.0,) * 3)
+    assert family.background == (102, 127, 153)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": PATCH + 2}, "patches do not fit"),
+        ({"downsample_ratio": 3}, "patches do not fit"),
+        ({"candidate_resolutions": [[SIDE, SIDE], [SIDE + 14, SIDE]]}, "whole tiles of 48"),
+    ],
+)
+def test_processors_that_do_not_fit(tmp_path: Path, changes: Any, message: str) -> None:
+    set_keys(write_deepseek_vl2(tmp_path, "tiny"), "processor_config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        family_of(tmp_path)

@@ -109,13 +109,21 @@ class DeepseekVL2(Family):
         found = processor.get("candidate_resolutions") or config.get("candidate_resolutions")
         self.candidates = tuple((int(w), int(h)) for w, h in found or ((384, 384),))
         self.side = self.candidates[0][0]
-        patch = int(processor.get("patch_size", config["vision_config"].get("patch_size", 14)))
-        ratio = int(processor.get("downsample_ratio", 2))
+        if any(length % self.side for canvas in self.candidates for length in canvas):
+            raise UserError(f"candidate_resolutions: not all are whole tiles of {self.side} pixels")
+        patch = vision_config(config)["patch_size"]
+        ratio = projector_config(config)["downsample_ratio"]
+        told = processor.get("patch_size", patch), processor.get("downsample_ratio", ratio)
+        if told != (patch, ratio):
+            raise UserError("processor_config.json: patches do not fit the tower and projector")
         self.tile_rows = -(-(self.side // patch) // ratio)
-        self.image_mean = tuple(processor.get("image_mean") or (0.5, 0.5, 0.5))
-        self.image_std = tuple(processor.get("image_std") or (0.5, 0.5, 0.5))
-        red, green, blue = (int(value * 255) for value in self.image_mean)
+        mean = processor.get("image_mean") or (0.5, 0.5, 0.5)
+        red, green, blue = (int(value * 255) for value in mean)
         self.background = (red, green, blue)
+        std = processor.get("image_std") or (0.5, 0.5, 0.5)
+        plain = not processor.get("normalize", True)
+        self.image_mean = (0.0, 0.0, 0.0) if plain else tuple(mean)
+        self.image_std = (1.0, 1.0, 1.0) if plain else tuple(std)
 
     def _limit(self, settings: ModelSettings) -> None:
         """`model.max_pixels` is of the tiled view: larger canvases are left out."""
