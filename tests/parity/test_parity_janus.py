@@ -21,9 +21,16 @@ from pipeline.rows import Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import PIXELS, Bench, outputs, questions
-from tests.helpers.checkpoint_copies import set_tensor
+from tests.helpers.checkpoint_copies import set_keys, set_tensor
 from tests.helpers.families import found_family
-from tests.helpers.janus_checkpoint import GRID, IDS, SIDE, write_janus
+from tests.helpers.janus_checkpoint import (
+    GRID,
+    IDS,
+    SIDE,
+    converted_config,
+    original_config,
+    write_janus,
+)
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.parity import (
     Part,
@@ -288,3 +295,47 @@ def test_run_with_a_wrong_template(folders: dict[str, Path], tmp_path: Path) -> 
     ended = start_run(folders["original"], tmp_path, [(8, 8)], template="gemma-it")
     assert ended.returncode == 2
     assert "janus-pro" in ended.stderr
+
+
+@pytest.mark.parametrize("layout", ["original", "twin"])
+def test_pixels_by_other_factors(tmp_path: Path, layout: str) -> None:
+    """Bytes are scaled, and normalised or not, as the processor says."""
+    folder = write_janus(tmp_path, twin=layout == "twin")
+    file = "preprocessor_config.json"
+    family = family_of(set_keys(folder, file, rescale_factor=1 / 127.5))
+    assert family.image_mean == pytest.approx((0.25,) * 3)
+    assert family.image_std == pytest.approx((0.25,) * 3)
+    family = family_of(set_keys(folder, file, rescale_factor=1 / 255, do_normalize=False))
+    assert (family.image_mean, family.image_std) == ((0.0,) * 3, (1.0,) * 3)
+    assert family.background == (127, 127, 127)
+    with pytest.raises(UserError, match="bicubic"):
+        family_of(set_keys(folder, file, resample=2))
+
+
+@torch.inference_mode()
+def test_converted_towers_of_another_kind(tmp_path: Path) -> None:
+    """The norms' epsilon and the activation, which is the aligner's too."""
+    config = converted_config()
+    config["vision_config"] |= {"layer_norm_eps": 0.01, "hidden_act": "relu"}
+    folder = write_janus(tmp_path, twin=True, **config)
+    model, image = ours(folder), random_image(64, 48)
+    prompt = make_prompt(model.family, [random_text(4), image])
+    inputs = {"input_ids": torch.from_numpy(prompt.tokens.astype(np.int64))[None]}
+    inputs["pixel_values"] = their_pixels(folder, [Image.fromarray(image)])
+    expected = theirs(folder)(**inputs).logits[0]
+    assert difference(our_logits(model, prompt), expected) < TOLERANCE
+
+
+def test_original_towers(tmp_path: Path) -> None:
+    """Left out, the layer is the last but one; a head may be the embedding's."""
+    config = original_config()
+    vision = config["vision_config"]["params"]
+    del vision["select_layer"]
+    assert spec.tower_sizes(config).layers == vision["layers"] - 1
+    tied = {"language_config": config["language_config"] | {"tie_word_embeddings": True}}
+    folder = set_tensor(write_janus(tmp_path, **tied), "language_model.lm_head.weight", None)
+    decoder = open_ours(folder, spec.build).decoder
+    assert decoder.config.tied
+    vision["pixel_mean"] = vision["pixel_std"] = [0.5] * 3
+    with pytest.raises(UserError, match="normalises pixels"):
+        spec.tower_sizes(config)

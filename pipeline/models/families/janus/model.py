@@ -88,15 +88,18 @@ class Janus(Model):
 def build(checkpoint: Checkpoint, family: spec.Janus, weights: Weights) -> Janus:
     """Take the model's tensors from `weights`."""
     # NOTE: converted files that leave the key out hold an own head all the same.
-    tied = checkpoint.config.get("tie_word_embeddings", not weights.has("lm_head.weight"))
-    config = decoder_config(checkpoint.config, bool(tied and family.converted))
+    own = weights.has("lm_head.weight")
+    tied = spec.text_config(checkpoint.config).get("tie_word_embeddings", False)
+    if family.converted:
+        tied = checkpoint.config.get("tie_word_embeddings", not own)
+    config = decoder_config(checkpoint.config, bool(tied))
     t, hidden = family.tower, config.hidden_size
     embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, hidden))
-    vit = VitConfig(t.layers, t.width, t.heads, t.inner, t.patch, t.side, t.act)
+    vit = VitConfig(t.layers, t.width, t.heads, t.inner, t.patch, t.side, t.act, t.eps)
     name, tower_names = _CONVERTED_TOWER if family.converted else _ORIGINAL_TOWER
     tower = SiglipTower(weights, vit, name, names=tower_names)
     names = ("aligner.layers.0", "aligner.layers.2")
-    aligner = MLP.take(weights, names, (t.width, hidden, hidden), "gelu")
+    aligner = MLP.take(weights, names, (t.width, hidden, hidden), t.act)
     decoder = Decoder.take(weights, config, embedding)
     for prefix in _GENERATION:
         weights.drop_all(prefix)

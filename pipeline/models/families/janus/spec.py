@@ -43,6 +43,7 @@ _LLAMA = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
 }
+_BICUBIC = 3  # as Pillow numbers filters
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -58,6 +59,7 @@ class TowerSizes:
     side: int
     patch: int
     act: str = "gelu"
+    eps: float = 1e-6
 
 
 def is_converted(config: Mapping[str, Any]) -> bool:
@@ -102,14 +104,17 @@ def tower_sizes(config: Mapping[str, Any]) -> TowerSizes:
             v.get("image_size", 384),
             v.get("patch_size", 16),
             v.get("hidden_act", "gelu"),
+            v.get("layer_norm_eps", 1e-6),
         )
     p = v.get("params") or {}
+    if p.get("pixel_mean") is not None and p.get("pixel_std") is not None:
+        raise UserError("config.json: a tower that normalises pixels itself is not supported")
     width, layers, heads, patch, ratio = _TOWERS[p.get("model_name", "siglip_large_patch16_384")]
     width, layers = p.get("width", width), p.get("layers", layers)
-    chosen = p.get("select_layer", -1)
+    chosen = p.get("select_layer", -2)
     layers = min(layers, chosen if chosen > 0 else layers + chosen + 1)
     inner = int(width * p.get("mlp_ratio", ratio))
-    side, patch = p.get("image_size", 384), p.get("patch_size", patch)
+    side, patch = p.get("image_size", 336), p.get("patch_size", patch)
     return TowerSizes(width, layers, p.get("heads", heads), inner, side, patch)
 
 
@@ -151,11 +156,15 @@ class Janus(Family):
                 f"preprocessor_config.json makes pictures of {self.image_side} pixels a side, "
                 f"the image tower takes {self.tower.side}."
             )
+        if processor.get("resample", _BICUBIC) != _BICUBIC:
+            raise UserError("preprocessor_config.json: only bicubic resizing is known")
+        if not (processor.get("do_resize", True) and processor.get("do_pad", True)):
+            raise UserError("preprocessor_config.json: pictures must be resized and padded")
         self.min_side = int(processor.get("min_size", 14))
-        self.image_mean = tuple(processor.get("image_mean") or _CLIP_MEAN)
-        self.image_std = tuple(processor.get("image_std") or _CLIP_STD)
-        red, green, blue = (int(value * 255) for value in self.image_mean)
+        mean = processor.get("image_mean", _CLIP_MEAN)
+        red, green, blue = (127, 127, 127) if mean is None else (int(v * 255) for v in mean)
         self.background = (red, green, blue)
+        self.image_mean, self.image_std = _norm(processor)
 
     def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
         """One square picture: the longer side fills it, the rest is the mean colour."""
@@ -171,6 +180,17 @@ class Janus(Family):
         if self.converted:
             return max(round(side * (self.image_side / longer)), self.min_side)
         return max(int(side / longer * self.image_side), self.min_side)
+
+
+def _norm(processor: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of pixels over 255, whatever factor the processor scales bytes by."""
+    mean, std = processor.get("image_mean", _CLIP_MEAN), processor.get("image_std", _CLIP_STD)
+    if not processor.get("do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    if factor == 1 / 255:
+        return tuple(mean), tuple(std)
+    return tuple(v / (255 * factor) for v in mean), tuple(v / (255 * factor) for v in std)
 
 
 def _spliced(checkpoint: Checkpoint) -> dict[str, int]:
