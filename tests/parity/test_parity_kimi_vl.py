@@ -15,14 +15,25 @@ from pipeline.kernels.patchify import patchify
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.kimi_vl import spec
+from pipeline.models.layers import Linear
+from pipeline.models.vision.moonvit import _halved
 from pipeline.models.vision.views import render_view
+from pipeline.models.vision.vit import VitConfig
 from pipeline.rows import ImageLayout, Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
 from tests.engine.engine_bench import PIXELS, Bench, outputs, questions
 from tests.helpers.checkpoint_copies import set_tensor
 from tests.helpers.families import found_family
-from tests.helpers.kimi_vl_checkpoint import FIRST, IDS, PATCH, TEXT, tensors_of, write_kimi_vl
+from tests.helpers.kimi_vl_checkpoint import (
+    FIRST,
+    IDS,
+    PATCH,
+    TEXT,
+    VISION,
+    tensors_of,
+    write_kimi_vl,
+)
 from tests.helpers.label_run import label_run, start_run
 from tests.helpers.parity import (
     difference,
@@ -276,3 +287,21 @@ def test_run_with_a_wrong_template(folder: Path, tmp_path: Path) -> None:
     ended = start_run(folder, tmp_path, [(8, 8)], template="deepseek-vl2")
     assert ended.returncode == 2
     assert "kimi-vl" in ended.stderr
+
+
+def test_rotary_pairs_of_small_heads() -> None:
+    """Queries' and keys' rows go pair by pair, the values' stay."""
+    for dim in (4, 8):
+        rows = torch.arange(3.0 * 2 * dim)
+        config = VitConfig(1, 2 * dim, 2, 4, PATCH, 6 * PATCH)
+        turned = _halved(Linear(rows[:, None], rows), config).bias
+        q, k, v = turned.view(3, 2, 2, dim // 2)
+        expected = rows.view(3, 2, dim // 2, 2).transpose(2, 3)
+        assert torch.equal(torch.stack([q, k]), expected[:2])
+        assert torch.equal(v.flatten(), rows[4 * dim :])
+
+
+def test_heads_that_cannot_be_turned(tmp_path: Path) -> None:
+    folder = write_kimi_vl(tmp_path, vision_config=VISION | {"num_attention_heads": 8})
+    with pytest.raises(UserError, match="multiple of 4"):
+        open_ours(folder, spec.build)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.errors import UserError
 from pipeline.models.layers import LayerNorm, Linear
 from pipeline.models.loading import Weights
 from pipeline.models.vision.grids import Grid
@@ -29,6 +30,10 @@ class MoonVit:
         self, weights: Weights, config: VitConfig, table: tuple[int, int], merge: int, name: str
     ) -> None:
         c = self.config = config
+        if c.size % (4 * c.heads):
+            raise UserError(
+                "config.json: the width of a head of the image tower must be a multiple of 4"
+            )
         self.merge = merge
         self.embed = PatchEmbed(weights, c, f"{name}.patch_embed.proj", bias=True)
         shape = (*table, c.size)
@@ -67,9 +72,8 @@ def _halved(qkv: Linear, c: VitConfig) -> Linear:
     """Queries' and keys' rotary pairs from interleaved to two halves."""
 
     def turned(tensor: Tensor) -> Tensor:
-        heads = tensor.unflatten(0, (3, c.heads, -1, 2)).clone()
-        heads[:2] = heads[:2].transpose(2, 3).reshape(heads[:2].shape)
-        return heads.flatten(0, 3).contiguous()
+        heads = tensor.unflatten(0, (3, c.heads, -1, 2))
+        return torch.cat([heads[:2].transpose(2, 3).flatten(0, 3), heads[2].flatten(0, 2)])
 
     assert qkv.bias is not None
     return Linear(turned(qkv.weight), turned(qkv.bias))
