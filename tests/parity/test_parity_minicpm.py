@@ -26,6 +26,7 @@ from pipeline.models.vision.views import render_views
 from pipeline.rows import Turn
 from pipeline.settings import ModelSettings
 from pipeline.tokenizer import Tokenizer
+from tests.helpers.checkpoint_copies import set_keys, set_tensor
 from tests.helpers.minicpm_checkpoint import write_minicpm_v
 from tests.helpers.parity import Prompt, difference, model_input, open_ours, our_tokens
 from tests.helpers.recorded import recording
@@ -202,3 +203,26 @@ def test_limits_of_pixels(folder: Path) -> None:
         family(max_pixels=448**2 - 1)
     with pytest.raises(UserError, match="min_pixels"):
         family(min_pixels=100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slice_mode": False}, "slice_mode"),
+        ({"image_feature_size": 9}, "not those of config.json"),
+        ({"patch_size": 16}, "not those of config.json"),
+    ],
+)
+def test_processors_that_do_not_fit(tmp_path: Path, changes: Any, message: str) -> None:
+    set_keys(write_minicpm_v(tmp_path), "preprocessor_config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        spec.build(Checkpoint.open(ModelSettings(id=str(tmp_path))), ModelSettings(id="x"))
+
+
+def test_decoders_of_another_kind(tmp_path: Path) -> None:
+    folder = set_tensor(write_minicpm_v(tmp_path), "llm.lm_head.weight", None)
+    set_keys(folder, "config.json", tie_word_embeddings=True)
+    assert open_ours(folder, spec.build).decoder.config.tied
+    set_keys(folder, "config.json", use_sliding_window=True)
+    with pytest.raises(UserError, match="use_sliding_window"):
+        open_ours(folder, spec.build)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.kernels.transfer import upload
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
@@ -37,10 +38,12 @@ _KEPT_TABLES = 64
 
 
 def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Qwen2's settings, which stand at the top of the config; its head is never tied."""
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
-    rope = rope_config(config, head_dim, default_theta=1e6)
-    return common_config(config, rope, qkv_bias=True)
+    """Qwen2's settings, which stand at the top of the config."""
+    if config.get("use_sliding_window", False):
+        raise UserError("config.json: use_sliding_window is not supported")
+    rope = rope_config(config, config["hidden_size"] // config["num_attention_heads"])
+    tied = bool(config.get("tie_word_embeddings", False))
+    return common_config(config, rope, qkv_bias=True, tied=tied)
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,11 @@ class MiniCPM(Family):
         self._read_tokens(checkpoint)
 
     def _read_processor(self, processor: Mapping[str, Any], max_pixels: int | None) -> None:
+        if not processor.get("slice_mode", True):
+            raise UserError("preprocessor_config.json: only `slice_mode: true` is known")
+        known = {"patch_size": self.patch_size, "image_feature_size": self.num_queries}
+        if any(processor.get(key, value) != value for key, value in known.items()):
+            raise UserError("preprocessor_config.json: its sizes are not those of config.json")
         self.side = int(processor.get("scale_resolution", 448))
         self.max_slices = int(processor.get("max_slice_nums", 9))
         self.image_ids = bool(processor.get("use_image_id", False))
