@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from transformers import WhisperFeatureExtractor
 
 from jobs.config import load_config
@@ -30,11 +32,12 @@ from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.minicpm import spec as minicpm
 from pipeline.models.families.minicpm_o import spec
+from pipeline.models.families.minicpm_o.model import audio_config
 from pipeline.models.registry import family_for
 from pipeline.rows import ImageLayout, Turn, VideoInfo
 from pipeline.settings import LabelSettings, ModelSettings, VideoSettings
 from pipeline.tokenizer import Tokenizer
-from tests.helpers.checkpoint_copies import copy_with_tensor
+from tests.helpers.checkpoint_copies import copy_with_tensor, set_keys
 from tests.helpers.job_folder import ROOT, JobFolder
 from tests.helpers.minicpm_checkpoint import write_minicpm_o, write_minicpm_v
 from tests.helpers.parity import Prompt, difference, open_ours, our_logits, our_tokens
@@ -281,3 +284,34 @@ def test_a_video_beside_its_sound(folder: Path, ours: Any) -> None:
     both = ours.encode_images(media, layouts)
     alone = [ours.encode_images([m], [n]) for m, n in zip(media, layouts, strict=True)]
     torch.testing.assert_close(both, torch.cat(alone))
+
+
+def test_without_its_encoder_of_sounds(folder: Path, ours: Any, tmp_path: Path) -> None:
+    """Neither tensors nor recordings of it; pictures stay."""
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
+        shutil.copyfile(folder / name, tmp_path / name)
+    kept = load_file(folder / "model.safetensors")
+    kept = {n: t for n, t in kept.items() if not n.startswith(("apm.", "audio_", "tts."))}
+    save_file(kept, tmp_path / "model.safetensors")
+    set_keys(tmp_path, "config.json", init_audio=False, init_tts=False)
+    model: Any = open_ours(tmp_path, spec.build)
+    assert model.family.takes == {"image", "video"}
+    with pytest.raises(RowError, match="no audio"):
+        model.family.audio_layout(16_000)
+    image, layout = torch.zeros(60, 90, 3, dtype=torch.uint8), ours.family.layout(90, 60)
+    expected = ours.encode_images([image], [layout])
+    torch.testing.assert_close(model.encode_images([image], [layout]), expected)
+
+
+def test_how_sounds_are_cut() -> None:
+    assert audio_config({"audio_chunk_length": 0.5}).chunk == 25
+    assert audio_config({"audio_chunk_length": -1}).chunk == 1500  # all at once
+    assert audio_config({}).chunk == 50
+
+
+def test_other_pools_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    set_keys(tmp_path / "copy", "config.json", audio_pool_step=5)
+    settings = ModelSettings(id=str(tmp_path / "copy"))
+    with pytest.raises(UserError, match="audio_pool_step 2"):
+        spec.build(Checkpoint.open(settings), settings)

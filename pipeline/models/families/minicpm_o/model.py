@@ -32,14 +32,16 @@ _FRAMES_A_SEC = 50
 def audio_config(config: Mapping[str, Any]) -> WhisperConfig:
     """Read the encoder's settings; a key that is left out is whisper-medium's."""
     audio = config.get("audio_config") or {}
+    positions, seconds = audio.get("max_source_positions", 1500), config.get("audio_chunk_length")
+    chunk = int((1.0 if seconds is None else seconds) * _FRAMES_A_SEC)
     return WhisperConfig(
         depth=audio.get("encoder_layers", 24),
         size=audio.get("d_model", 1024),
         heads=audio.get("encoder_attention_heads", 16),
         inner=audio.get("encoder_ffn_dim", 4096),
         bins=audio.get("num_mel_bins", 80),
-        positions=audio.get("max_source_positions", 1500),
-        chunk=int(config.get("audio_chunk_length", 1.0) * _FRAMES_A_SEC),
+        positions=positions,
+        chunk=chunk if chunk > 0 else positions,  # without chunks a frame hears all others
         act=audio.get("activation_function", "gelu"),
     )
 
@@ -99,9 +101,11 @@ def _bounded(found: Sequence[SoundPiece]) -> list[list[SoundPiece]]:
 class MiniCPMO(minicpm.MiniCPM):
     """A MiniCPM-o 2.6 checkpoint on one device."""
 
-    def __init__(self, family: spec.MiniCPMO, parts: minicpm.Parts, hearing: Hearing) -> None:
+    def __init__(
+        self, family: spec.MiniCPMO, parts: minicpm.Parts, hearing: Hearing | None
+    ) -> None:
         super().__init__(family, parts)
-        self.hearing = hearing
+        self.hearing = hearing  # None where the checkpoint has no encoder of sounds
 
     def encode_images(self, images: list[Tensor], layouts: list[ImageLayout]) -> Tensor:
         """Sounds stand among the images as the bytes of their float32 samples, uint8 [N, 4]."""
@@ -124,6 +128,7 @@ class MiniCPMO(minicpm.MiniCPM):
         ids = np.concatenate(blocks).astype(np.int64)
         where = upload(np.flatnonzero(ids == self.family.image_token_id), self.device)
         rows = self.embedding.index_select(0, upload(ids, self.device))
+        assert self.hearing is not None
         rows.index_copy_(0, where, self.hearing(waves).to(rows.dtype))
         return rows.split([layouts[i].num_tokens for i in heard])
 
@@ -132,6 +137,8 @@ def build(checkpoint: Checkpoint, family: spec.MiniCPMO, weights: Weights) -> Mi
     """Take the model's tensors from `weights`; `tts.` speaks, which nothing here asks for."""
     parts = minicpm.take_parts(checkpoint, family, weights)
     weights.drop_all("tts.")
+    if "audio" not in family.takes:
+        return MiniCPMO(family, parts, None)
     hidden = parts.decoder.config.hidden_size
     hearing = Hearing(weights, audio_config(checkpoint.config), hidden, family.pool)
     return MiniCPMO(family, parts, hearing)

@@ -23,6 +23,7 @@ from pipeline.templates.render import Piece, render
 
 RATE = 16_000
 _HOP = 160
+_POOL = 2  # the official processor counts tokens by it, whatever the config says
 _MARKERS = ("<|audio_start|>", "<|audio_end|>")
 
 
@@ -47,7 +48,12 @@ class MiniCPMO(MiniCPM):
 
     def __init__(self, checkpoint: Checkpoint, settings: ModelSettings) -> None:
         super().__init__(checkpoint, settings)
-        self.pool = int(checkpoint.config.get("audio_pool_step", 2))
+        if not checkpoint.config.get("init_audio", True):
+            self.takes = frozenset({"image", "video"})
+            return
+        self.pool = int(checkpoint.config.get("audio_pool_step", _POOL))
+        if self.pool != _POOL:
+            raise UserError(f"config.json: only audio_pool_step {_POOL} is known")
         found = [checkpoint.token_id(name) for name in _MARKERS]
         if None in found:
             missing = _MARKERS[found.index(None)]
@@ -57,6 +63,8 @@ class MiniCPMO(MiniCPM):
         self.per_group = (50 - self.pool) // self.pool + 1
 
     def audio_layout(self, num_samples: int) -> ImageLayout:
+        if "audio" not in self.takes:
+            return super().audio_layout(num_samples)
         mel_frames = -(-num_samples // _HOP)
         features = ((mel_frames - 1) // 2 + 1 - self.pool) // self.pool + 1
         if features <= 0:
