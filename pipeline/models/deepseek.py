@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.models.decoder import DecoderConfig, common_config
 from pipeline.models.deepseek_sizes import has_latent
 from pipeline.models.mla import MlaConfig, mla_scale
@@ -38,17 +39,20 @@ def _rope(text: Mapping[str, Any], dim: int) -> RopeConfig:
     if rope.kind != "yarn":
         return rope
     given = text.get("rope_scaling") or text["rope_parameters"]
-    s = {**_YARN, **given}
+    s = _YARN | {key: value for key, value in given.items() if value is not None}
     top, bottom = (yarn_growth(s["factor"], s[key]) for key in ("mscale", "mscale_all_dim"))
     return replace(rope, scaling=s | {"attention_factor": top / bottom, "truncate": True})
 
 
 def deepseek_config(text: Mapping[str, Any], **differences: Any) -> DecoderConfig:
     """Read a text config whose missing keys are filled in already."""
-    mla = mla_config(text)
+    mla, bias = mla_config(text), bool(text.get("attention_bias", False))
     if mla is None:
-        head_dim = text["hidden_size"] // text["num_attention_heads"]
-        return common_config(text, rope_config(text, head_dim), moe=moe_config(text), **differences)
+        rope = rope_config(text, text["hidden_size"] // text["num_attention_heads"])
+        plain = {"moe": moe_config(text), "qkv_bias": bias, "out_bias": bias}
+        return common_config(text, rope, **(plain | differences))
+    if bias:
+        raise UserError("config.json: latent attention with attention_bias is not supported")
     rope = _rope(text, mla.rope)
     values = {
         "head_dim": mla.row,

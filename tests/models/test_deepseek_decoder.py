@@ -155,3 +155,12 @@ def test_what_a_stretched_context_leaves_out(given: dict[str, float], size: floa
     config = deepseek_config(SIZES | {"rope_scaling": scaling, "rope_theta": 1e4})
     assert Rope(config.rope, "cpu").size == pytest.approx(size)
     assert config.rope.scaling["original_max_position_embeddings"] == 4096
+
+
+def test_biases_of_attention() -> None:
+    """Plain heads may have them; rows of latent attention are not known to."""
+    biased = SIZES | {"attention_bias": True}
+    config = deepseek_config(biased | {"use_mla": False})
+    assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (True, True, False)
+    with pytest.raises(UserError, match="attention_bias"):
+        deepseek_config(biased)

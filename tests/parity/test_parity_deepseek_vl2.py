@@ -331,6 +331,7 @@ def test_pixels_that_are_not_normalised(tmp_path: Path) -> None:
     [
         ({"patch_size": PATCH + 2}, "patches do not fit"),
         ({"downsample_ratio": 3}, "patches do not fit"),
+        ({"sft_format": "plain"}, "sft_format"),
         ({"candidate_resolutions": [[SIDE, SIDE], [SIDE + 14, SIDE]]}, "whole tiles of 48"),
     ],
 )

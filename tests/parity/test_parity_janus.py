@@ -312,6 +312,12 @@ def test_pixels_by_other_factors(tmp_path: Path, layout: str) -> None:
         family_of(set_keys(folder, file, resample=2))
 
 
+def test_prompts_of_another_kind(tmp_path: Path) -> None:
+    folder = set_keys(write_janus(tmp_path), "processor_config.json", sft_format="plain")
+    with pytest.raises(UserError, match="sft_format"):
+        family_of(folder)
+
+
 @torch.inference_mode()
 def test_converted_towers_of_another_kind(tmp_path: Path) -> None:
     """The norms' epsilon and the activation, which is the aligner's too."""

@@ -41,6 +41,7 @@ _LANGUAGE = {
 }
 _VISION = {"image_size": 384, "patch_size": 16, "width": 1024, "layers": 24, "heads": 16}
 _PROJECTOR = {"input_dim": 1152, "n_embed": 2048, "depth": 2, "mlp_ratio": 1, "downsample_ratio": 2}
+_PROMPT = {"sft_format": "deepseek", "image_token": "<image>"}
 # The official processor adds those that the tokenizer lacks, in this order.
 _ADDED = (
     "<｜▁pad▁｜>", "<image>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>",
@@ -106,6 +107,8 @@ class DeepseekVL2(Family):
 
     def _read_processor(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         processor = checkpoint.json("processor_config.json") or {}
+        if any(processor.get(key, value) != value for key, value in _PROMPT.items()):
+            raise UserError(f"processor_config.json: only prompts of {_PROMPT} are known")
         found = processor.get("candidate_resolutions") or config.get("candidate_resolutions")
         self.candidates = tuple((int(w), int(h)) for w, h in found or ((384, 384),))
         self.side = self.candidates[0][0]

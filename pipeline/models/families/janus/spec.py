@@ -26,6 +26,7 @@ from pipeline.templates import janus_pro
 
 IMAGE_TOKEN = "<image_placeholder>"
 _SPLICED = ("<begin_of_image>", IMAGE_TOKEN, "<end_of_image>")  # by id, never cut from a text
+_PROMPT = {"sft_format": "deepseek", "image_tag": IMAGE_TOKEN, "add_special_token": False}
 # The original config names its tower and lists only what is not its own: width, layers, heads,
 # patch, MLP ratio, as the official table has them.
 _TOWERS = {
@@ -146,6 +147,9 @@ class Janus(Family):
         self.eos_token_ids = end_tokens(checkpoint, {}, self.template)
         self.default_sampling = default_sampling(checkpoint.generation_config)
         self.sizes = _sizes(text, self.tower)
+        prompt = checkpoint.json("processor_config.json") or {}
+        if any(prompt.get(key, value) != value for key, value in _PROMPT.items()):
+            raise UserError(f"processor_config.json: only prompts of {_PROMPT} are known")
         self._read_processor(checkpoint.preprocessor_config)
 
     def _read_processor(self, processor: Mapping[str, Any]) -> None:
