@@ -109,7 +109,7 @@ def test_the_table_of_models_tells_what_they_need(entry: Entry, tmp_path: Path) 
 def _of_example(name: str, folder: Path) -> tuple[ModelSizes, int]:
     """Sizes, and the states of one image."""
     if name == "qwen-vl":
-        return qwen_sizes(BIG, BIG_VISION, "qwen2_5"), 0
+        return qwen_sizes(BIG, BIG_VISION, "qwen2_5", False), 0
     published.write_small_files(EXAMPLES[name], folder)
     settings = ModelSettings(id=str(folder))
     family = family_for(Checkpoint.open(settings), settings)
