@@ -68,6 +68,27 @@ class DecoderConfig:
         return self.windows[layer] if self.windows else None
 
 
+def _check(values: Mapping[str, Any]) -> None:
+    """Raises UserError where a config file's value can be none of a decoder's."""
+    for name in _SIZES:
+        if not isinstance(values[name], int) or values[name] < 1:
+            raise UserError(f"config.json: {name} is {values[name]!r}, which is no positive number")
+    for name in ("eps", "scale", "softcap", "logit_softcap"):
+        value = values.get(name)
+        given = value is not None or name in ("eps", "scale")
+        if given and not isinstance(value, int | float):
+            raise UserError(f"config.json: {name} is {value!r}, which is no number")
+    for window in values.get("windows", ()):
+        if window is not None and (type(window) is not int or window < 1):
+            raise UserError(f"config.json: a window of {window!r} tokens is no positive number")
+
+
+_SIZES = (
+    "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+
+
 def common_config(text: Mapping[str, Any], rope: RopeConfig, **differences: Any) -> DecoderConfig:
     """Read the keys that all text configs share; a family adds its `differences`."""
     heads = text["num_attention_heads"]
@@ -87,7 +108,9 @@ def common_config(text: Mapping[str, Any], rope: RopeConfig, **differences: Any)
         "act": text.get("hidden_act", "silu"),
         "rope": rope,
     }
-    return DecoderConfig(**(values | differences))
+    values |= differences
+    _check(values)
+    return DecoderConfig(**values)
 
 
 class Attend(Protocol):
@@ -240,6 +263,11 @@ class Decoder:
         cls, weights: Weights, config: DecoderConfig, embedding: Tensor, name: str = "model"
     ) -> Decoder:
         """Take `<name>.layers.N`, `<name>.norm` and `lm_head`, or `embedding` for a tied head."""
+        if config.num_heads % config.num_kv_heads:
+            raise UserError(
+                f"config.json: {config.num_heads} attention heads are no multiple of"
+                f" {config.num_kv_heads} key-value heads"
+            )
         layers = [
             _take_layer(weights, f"{name}.layers.{i}", config, i) for i in range(config.num_layers)
         ]

@@ -29,9 +29,17 @@ def check_steps(checkpoint: Checkpoint, *filters: int, videos: bool = False) -> 
     factor = processor.get("rescale_factor")
     if factor is not None and abs(float(factor) - _SCALE) > 1e-7:
         raise refusal(checkpoint, "rescale_factor", factor)
+    for key in ("image_mean", "image_std"):
+        if processor.get(key) and not _three_numbers(processor[key]):
+            raise refusal(checkpoint, key, processor[key])
     resample = processor.get("resample")
     if filters and resample is not None and resample not in filters:
         raise refusal(checkpoint, "resample", resample)
+
+
+def _three_numbers(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else []
+    return len(numbers) == 3 and all(isinstance(number, int | float) for number in numbers)
 
 
 def check_size(checkpoint: Checkpoint, key: str, expected: int) -> None:

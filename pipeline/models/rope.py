@@ -46,6 +46,8 @@ def rope_config(
     if kind == "yarn" and "factor" in given and longest and length:
         scaling.setdefault("factor", longest / length)
     share = scaling.get("partial_rotary_factor") or text.get("partial_rotary_factor") or 1.0
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise UserError(f"config.json: rope_theta is {theta!r}, which is no positive number")
     return RopeConfig(
         theta=float(theta),
         dim=int(head_dim * share),

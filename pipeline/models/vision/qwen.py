@@ -50,6 +50,10 @@ class TowerConfig:
     linear_names: tuple[str, str] = ("fc1", "fc2")
     merger_names: tuple[str, str, str] = ("ln_q", "mlp.0", "mlp.2")
 
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.size % (4 * self.heads):
+            raise ValueError(f"a tower of {self.size} values and {self.heads} heads")
+
     @property
     def head_dim(self) -> int:
         return self.size // self.heads

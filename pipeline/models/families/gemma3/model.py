@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.base import Model
+from pipeline.models.base import Model, check_token_ids
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
 from pipeline.models.families.gemma3 import spec
@@ -193,6 +193,7 @@ def build(checkpoint: Checkpoint, family: spec.Gemma3, weights: Weights) -> Gemm
     decoder = Decoder.take(weights, config, embedding)
     if vision is None:
         return Gemma3(family, decoder, embedding, None, None)
+    check_token_ids(embedding, family.image_token_id)
     sizes = tower_config(vision)
     tokens = int(checkpoint.config.get("mm_tokens_per_image") or 256)
     projector = Projector(weights, sizes, tokens, config.hidden_size)

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.kernels.patchify import patchify
 from pipeline.kernels.resize import resize
 from pipeline.kernels.transfer import upload
-from pipeline.models.base import Model
+from pipeline.models.base import Model, check_token_ids
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig, common_config
 from pipeline.models.families.qwen_vl import spec
@@ -226,5 +226,6 @@ def build(checkpoint: Checkpoint, family: spec.QwenVL, weights: Weights) -> Qwen
             f"the decoder takes {config.hidden_size}."
         )
     embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    check_token_ids(embedding, family.image_token_id)
     decoder = Decoder.take(weights, config, embedding)
     return QwenVL(family, decoder, embedding, QwenTower(weights, tower_sizes))

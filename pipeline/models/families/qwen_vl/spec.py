@@ -185,8 +185,21 @@ class QwenVL(Family):
             or 28 * 28 * 1280
         )
         videos = checkpoint.video_preprocessor_config
+        self._check_images(vision)
         self._check_videos(checkpoint)
         self.video_rule = VideoRule.read(videos, newer, self.factor, self.temporal_patch_size)
+
+    def _check_images(self, vision: Mapping[str, Any]) -> None:
+        """The processor's sizes are the tower's."""
+        names = ("patch_size", "patch_size"), ("merge_size", "spatial_merge_size")
+        for key, name in (*names, ("temporal_patch_size", "temporal_patch_size")):
+            own, given = getattr(self, key), vision.get(name)
+            if own < 1 or (given is not None and given != own):
+                raise UserError(
+                    f"preprocessor_config.json: {key} is {own}, the image tower's is {given}"
+                )
+        if min(self.min_pixels, self.max_pixels) < 1:
+            raise UserError("preprocessor_config.json: the bounds of an image's pixels are below 1")
 
     def _check_videos(self, checkpoint: Checkpoint) -> None:
         """Frames are cut and normalised as images are."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.transfer import upload
-from pipeline.models.base import Model
+from pipeline.models.base import Model, check_token_ids
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.decoder import Decoder, common_config
 from pipeline.models.families.smolvlm import spec
@@ -107,6 +107,7 @@ def build(checkpoint: Checkpoint, family: spec.SmolVLM, weights: Weights) -> Smo
     )
     sizes = vit_config(vision)
     embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    check_token_ids(embedding, family.image_token_id)
     decoder = Decoder.take(weights, config, embedding)
     tower = SiglipTower(weights, sizes, "model.vision_model")
     places = table_places(family.grid, sizes.grid).to(tower.table.device)

@@ -124,7 +124,7 @@ class SmolVLM(Family):
         self.image_std = tuple(processor.get("image_std") or (0.5, 0.5, 0.5))
         self.shuffle = int(checkpoint.config.get("scale_factor", 2))
         self.grid = self.tile // vision["patch_size"]  # patches along a side of a tile
-        if not self.grid or self.grid % self.shuffle:
+        if not self.grid or self.shuffle < 1 or self.grid % self.shuffle:
             raise UserError(
                 f"model.id {checkpoint.id!r}: tiles of {self.grid} x {self.grid} patches cannot be"
                 f" grouped by scale_factor {self.shuffle}"
