@@ -263,6 +263,11 @@ class Decoder:
         cls, weights: Weights, config: DecoderConfig, embedding: Tensor, name: str = "model"
     ) -> Decoder:
         """Take `<name>.layers.N`, `<name>.norm` and `lm_head`, or `embedding` for a tied head."""
+        if config.windows and len(config.windows) != config.num_layers:
+            raise UserError(
+                f"config.json: layer_types names {len(config.windows)} layers of"
+                f" {config.num_layers}"
+            )
         if config.num_heads % config.num_kv_heads:
             raise UserError(
                 f"config.json: {config.num_heads} attention heads are no multiple of"

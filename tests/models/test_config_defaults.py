@@ -230,6 +230,12 @@ def test_a_tied_checkpoint_with_a_head_of_its_own(tmp_path: Path) -> None:
             {"layer_types": ["sliding_attention"] * 3},
             "sliding_attention",
         ),
+        (
+            write_qwen2_5_vl,
+            "config.json",
+            {"layer_types": ["sliding_attention"], "use_sliding_window": True},
+            "1 layers of 3",
+        ),
     ],
 )
 def test_what_no_model_of_ours_does_is_refused(

@@ -60,7 +60,7 @@ def vit_config(vision: Mapping[str, Any], depth: int | None = None) -> VitConfig
         patch=vision["patch_size"],
         side=vision["image_size"],
         act=vision.get("hidden_act", "gelu_pytorch_tanh"),
-        eps=vision.get("layer_norm_eps", 1e-6),
+        eps=float(vision.get("layer_norm_eps", 1e-6)),
     )
 
 

@@ -101,7 +101,7 @@ def tower_config(vision: Mapping[str, Any]) -> VitConfig:
         patch=vision["patch_size"],
         side=vision["image_size"],
         act=vision["hidden_act"],
-        eps=vision["layer_norm_eps"],
+        eps=float(vision["layer_norm_eps"]),
     )
 
 
