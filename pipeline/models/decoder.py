@@ -113,6 +113,12 @@ def common_config(text: Mapping[str, Any], rope: RopeConfig, **differences: Any)
     return DecoderConfig(**values)
 
 
+def llama_biases(text: Mapping[str, Any]) -> dict[str, bool]:
+    """The biases that a Llama text config asks for."""
+    bias = bool(text.get("attention_bias"))
+    return {"qkv_bias": bias, "out_bias": bias, "mlp_bias": bool(text.get("mlp_bias"))}
+
+
 class Attend(Protocol):
     """Attention with a cache, the caller's. Rotates queries and keys, stores keys and values."""
 

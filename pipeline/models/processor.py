@@ -54,6 +54,16 @@ def check_size(checkpoint: Checkpoint, key: str, expected: int) -> None:
         raise refusal(checkpoint, key, given)
 
 
+def longest_edge(checkpoint: Checkpoint, key: str, default: int) -> int:
+    """The size `key`, which must tell its longest edge where it is there."""
+    size = checkpoint.preprocessor_config.get(key)
+    if size is None:
+        return default
+    if not isinstance(size, Mapping) or not size.get("longest_edge"):
+        raise refusal(checkpoint, key, size)
+    return int(size["longest_edge"])
+
+
 def refusal(checkpoint: Checkpoint, key: str, value: Any) -> UserError:
     return UserError(
         f"model.id {checkpoint.id!r}: {key} {value!r} in its preprocessor_config.json is not"

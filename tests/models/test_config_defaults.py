@@ -209,7 +209,7 @@ def test_a_tied_checkpoint_with_a_head_of_its_own(tmp_path: Path) -> None:
         (write_gemma3, "preprocessor_config.json", {"resample": 0}, "resample"),
         (write_gemma3, "config.json", {"mm_tokens_per_image": 25}, "averaged to 25 tokens"),
         (write_smolvlm, "preprocessor_config.json", {"resample": 3}, "resample 3"),
-        (write_smolvlm, "preprocessor_config.json", {"size": {"height": 9}}, "longest_edge"),
+        (write_smolvlm, "preprocessor_config.json", {"size": {"height": 9}}, "size"),
         (write_smolvlm, "config.json", {"scale_factor": 3}, "scale_factor 3"),
         (write_qwen2_vl, "video_preprocessor_config.json", {"patch_size": 7}, "7 for videos"),
         (write_qwen2_5_vl, "config.json", {"vision_config": {"window_size": 9}}, "window_size 9"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.models.base import Model
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.decoder import Decoder, DecoderConfig, common_config
+from pipeline.models.decoder import Decoder, DecoderConfig, common_config, llama_biases
 from pipeline.models.families.janus import spec
 from pipeline.models.layers import MLP
 from pipeline.models.loading import Weights
@@ -44,15 +44,7 @@ def decoder_config(config: Mapping[str, Any], tied: bool) -> DecoderConfig:
     """Read the decoder's settings: a plain Llama."""
     text = spec.text_config(config)
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    bias = bool(text.get("attention_bias", False))
-    return common_config(
-        text,
-        rope_config(text, head_dim),
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=bool(text.get("mlp_bias", False)),
-        tied=tied,
-    )
+    return common_config(text, rope_config(text, head_dim), tied=tied, **llama_biases(text))
 
 
 class Janus(Model):

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.kernels.transfer import upload
 from pipeline.models.base import Model, check_token_ids
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.decoder import Decoder, common_config
+from pipeline.models.decoder import Decoder, common_config, llama_biases
 from pipeline.models.families.smolvlm import spec
 from pipeline.models.layers import Linear
 from pipeline.models.loading import Weights
@@ -26,17 +26,6 @@ from pipeline.rows import ImageLayout
 
 MAX_TILES = 64  # of one pass of the tower
 RENAME = ((r"^model\.text_model\.", "model."),)
-
-
-def table_places(grid: int, side: int) -> Tensor:
-    """For each patch of a tile, the row of a table of `side` x `side` in which it begins.
-
-    In float32 as the reference, which gives 25 patches of 25 other rows than their own.
-    """
-    begins = torch.arange(grid, dtype=torch.float32) * (1.0 / torch.tensor(grid))
-    edges = torch.arange(1 / side, 1.0, 1 / side)
-    cells = torch.bucketize(begins.clamp(max=1.0 - 1e-6), edges, right=True)
-    return (cells[:, None] * side + cells).flatten()
 
 
 class SmolVLM(Model):
@@ -96,22 +85,13 @@ def build(checkpoint: Checkpoint, family: spec.SmolVLM, weights: Weights) -> Smo
     text, vision = spec.text_config(checkpoint.config), spec.vision_config(checkpoint.config)
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     tied = bool(checkpoint.config.get("tie_word_embeddings", False))
-    bias, mlp_bias = bool(text.get("attention_bias")), bool(text.get("mlp_bias"))
-    config = common_config(
-        text,
-        rope_config(text, head_dim),
-        tied=tied,
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=mlp_bias,
-    )
+    config = common_config(text, rope_config(text, head_dim), tied=tied, **llama_biases(text))
     sizes = vit_config(vision)
     embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     check_token_ids(embedding, family.image_token_id)
     decoder = Decoder.take(weights, config, embedding)
     tower = SiglipTower(weights, sizes, "model.vision_model")
-    places = table_places(family.grid, sizes.grid).to(tower.table.device)
-    tower.table = tower.table.index_select(0, places)
+    tower.see_grid(family.grid)
     projection, into = "model.connector.modality_projection.proj", sizes.size * family.shuffle**2
     project = Linear.take(weights, projection, config.hidden_size, into, bias=False)
     return SmolVLM(family, decoder, embedding, tower, project)

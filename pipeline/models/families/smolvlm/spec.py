@@ -15,14 +15,8 @@ import numpy as np
 
 from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.family import (
-    Family,
-    ModelSizes,
-    decoder_sizes,
-    default_sampling,
-    end_tokens,
-)
-from pipeline.models.processor import LANCZOS, check_steps
+from pipeline.models.family import Family, ModelSizes, decoder_sizes, default_sampling, end_tokens
+from pipeline.models.processor import LANCZOS, check_steps, longest_edge
 from pipeline.rows import ImageLayout, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import smolvlm
@@ -30,22 +24,13 @@ from pipeline.tokenizer import Tokenizer
 
 # What the class of transformers says where the file is silent.
 _VISION = {
-    "hidden_size": 1152,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 32,
-}
+    "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 16, "image_size": 224, "patch_size": 32,
+}  # fmt: skip
 _TEXT = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-}
+    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "rms_norm_eps": 1e-6,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048,
+}  # fmt: skip
 _LONGEST = 4096  # pixels of a side, whatever the settings say
 
 
@@ -73,12 +58,9 @@ def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def enlarged(width: int, height: int, longest: int) -> tuple[int, int]:
     """Width and height with the longer side at `longest` and the shorter one even."""
     ratio = width / height
-    if width >= height:
-        short = int(longest / ratio)
-        wide, high = longest, short + short % 2
-    else:
-        short = int(longest * ratio)
-        wide, high = short + short % 2, longest
+    short = int(longest / ratio if width >= height else longest * ratio)
+    short += short % 2
+    wide, high = (longest, short) if width >= height else (short, longest)
     return _capped(max(wide, 1), max(high, 1))
 
 
@@ -112,8 +94,8 @@ class SmolVLM(Family):
         text, vision = text_config(checkpoint.config), vision_config(checkpoint.config)
         processor = checkpoint.preprocessor_config
         check_steps(checkpoint, LANCZOS)
-        self.tile = _longest_edge(processor, "max_image_size", 364)
-        self.longest = _longest_edge(processor, "size", 4 * 364)
+        self.tile = longest_edge(checkpoint, "max_image_size", 364)
+        self.longest = longest_edge(checkpoint, "size", 4 * 364)
         if settings.max_pixels is not None:  # whole tiles, since images are stretched to them
             tiles = math.isqrt(settings.max_pixels) // self.tile
             self.longest = min(self.longest, tiles * self.tile)
@@ -175,15 +157,6 @@ class SmolVLM(Family):
         block = np.array([*ids, edge, self._ids["<global-img>"], *pictures, edge], np.int32)
         block.setflags(write=False)
         return block
-
-
-def _longest_edge(processor: Mapping[str, Any], key: str, default: int) -> int:
-    size = processor.get(key)
-    if size is None:
-        return default
-    if not isinstance(size, dict) or not size.get("longest_edge"):
-        raise UserError(f"preprocessor_config.json: {key} is {size}, which has no longest_edge")
-    return int(size["longest_edge"])
 
 
 def _sizes(
