@@ -118,9 +118,12 @@ def _notes() -> list[str]:
     if row := latest("caption/24gb"):
         notes.append(f"As on a 24 GB card: {_rate(row)} captions a second.")
     if row := latest("mixed/steady"):
+        of_what = f"mixed, {row['rows']} rows, {row['engine']['decode_slots']} lanes"
+        if "driver" not in row:
+            of_what += ", the same scheduler on a CPU"
         notes.append(
             f"Lanes are {row['slot_occupancy_while_work_waits']:.1%} full while work waits, "
-            f"padding is {row['padding_share']:.1%} (mixed, {row['rows']} rows, 256 lanes)."
+            f"padding is {row['padding_share']:.1%} ({of_what})."
         )
     notes += _deterministic_notes()
     if row := on_gpu("caption", model="random 3b"):
