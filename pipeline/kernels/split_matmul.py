@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.backend import invariant, tl, triton, use_triton
-from pipeline.kernels.fp8 import piece_width
+from pipeline.kernels.fp8 import STEP, piece_width
 
-BLOCK_BYTES = 128  # of each row in a step
 LIBRARY_TILE = 128  # rows and columns that the library gives to a multiprocessor
 LEAST_STEPS = 4  # of a piece of K
 
@@ -89,9 +88,9 @@ def choose_plan(rows: int, columns: int, depth: int, processors: int, parts: boo
         return None
     if library >= processors and rows > FEWEST_ROWS:
         return None
-    if depth % BLOCK_BYTES or columns % tile.block_n:
+    if depth % STEP or columns % tile.block_n:
         return None
-    ours, steps = -(-rows // tile.block_m) * columns // tile.block_n, depth // BLOCK_BYTES
+    ours, steps = -(-rows // tile.block_m) * columns // tile.block_n, depth // STEP
     pieces = 1
     if parts:
         wanted = max(1, min(tile.resident * processors // ours, steps // LEAST_STEPS))
@@ -132,13 +131,13 @@ def split_matmul(
     shape = (rows, columns) if one else (plan.pieces, rows, columns)
     out = torch.empty(shape, dtype=dtype if one else torch.float32, device=a.device)
     tiles_m = triton.cdiv(rows, plan.block_m)
-    each = piece_width(depth, plan.pieces) // BLOCK_BYTES
+    each = piece_width(depth, plan.pieces) // STEP
     if rows:
         _split_kernel[(tiles_m * (columns // plan.block_n), plan.pieces)](
             _descriptor(a, plan.block_m), _descriptor(b, plan.block_n), bias, a_scale, b_scale, out,
             rows, columns, depth, each, tiles_m,
             HAS_BIAS=bias is not None,
-            BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, BLOCK_K=BLOCK_BYTES,
+            BLOCK_N=plan.block_n, BLOCK_M=plan.block_m, BLOCK_K=STEP,
             num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
     return out if one else Parts(out, dtype)
@@ -148,7 +147,7 @@ def _descriptor(x: Tensor, block: int) -> Any:
     """Tells the device's copy engine of tiles of `block` rows; rows beyond the last read as 0."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(x, [block, BLOCK_BYTES])
+    return TensorDescriptor.from_tensor(x, [block, STEP])
 
 
 # NOTE: nothing that changes with the number of rows is a constant: each would be compiled anew.
