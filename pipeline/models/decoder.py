@@ -7,7 +7,7 @@ no family; issues no host synchronisation, so a CUDA graph can hold a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -111,6 +111,13 @@ def common_config(text: Mapping[str, Any], rope: RopeConfig, **differences: Any)
     values |= differences
     _check(values)
     return DecoderConfig(**values)
+
+
+def sliding_windows(size: Any, near: Sequence[bool]) -> tuple[int | None, ...]:
+    """Each layer's window: `size` where the layer is `near`, or a UserError where none is told."""
+    if size is None and any(near):
+        raise UserError("layer_types names sliding_attention, and the config has no window for it.")
+    return tuple(size if n else None for n in near)
 
 
 def llama_biases(text: Mapping[str, Any]) -> dict[str, bool]:

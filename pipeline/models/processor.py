@@ -47,11 +47,16 @@ def check_size(checkpoint: Checkpoint, key: str, expected: int) -> None:
     given = checkpoint.preprocessor_config.get(key)
     if given is None:
         return
-    named = given if isinstance(given, Mapping) else {"height": given, "width": given}
-    numbers = {name: number for name, number in named.items() if number is not None}
+    numbers = sides(given, "height", "width")
     known = numbers.keys() in ({"height", "width"}, {"shortest_edge"})
     if not known or set(numbers.values()) != {expected}:
         raise refusal(checkpoint, key, given)
+
+
+def sides(size: Any, *names: str) -> dict[str, Any]:
+    """A size's numbers by the names of its sides; one number alone is that of all `names`."""
+    named = size if isinstance(size, Mapping) else dict.fromkeys(names, size)
+    return {name: number for name, number in named.items() if number is not None}
 
 
 def longest_edge(checkpoint: Checkpoint, key: str, default: int) -> int:

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
 from pipeline.models.base import Model, check_token_ids
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.decoder import Decoder, DecoderConfig, common_config
+from pipeline.models.decoder import Decoder, DecoderConfig, common_config, sliding_windows
 from pipeline.models.families.gemma3 import spec
 from pipeline.models.layers import Linear, RMSNorm
 from pipeline.models.loading import Weights
@@ -73,9 +72,7 @@ def _windows(text: Mapping[str, Any]) -> tuple[int | None, ...]:
         near = [(i + 1) % pattern != 0 for i in range(layers)]
     else:
         near = [kind == "sliding_attention" for kind in kinds]
-    if any(near) and not text["sliding_window"]:
-        raise UserError("layer_types names sliding_attention, and the config has no window for it.")
-    return tuple(text["sliding_window"] if n else None for n in near)
+    return sliding_windows(text["sliding_window"], near)
 
 
 def _ropes(text: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:

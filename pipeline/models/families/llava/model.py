@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.kernels.resize import resize
 from pipeline.models.base import Model, check_token_ids
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.decoder import Decoder, DecoderConfig, common_config
+from pipeline.models.decoder import Decoder, DecoderConfig, common_config, sliding_windows
 from pipeline.models.families.llava.config import LlavaConfig
 from pipeline.models.families.llava.spec import Llava as LlavaFamily
 from pipeline.models.families.llava.tiles import pooled
@@ -76,7 +76,7 @@ def _windows(config: LlavaConfig) -> tuple[int | None, ...]:
     local = [i >= first for i in range(layers)]
     if config.decoder == "qwen2" and text.get("layer_types"):
         local = [kind == "sliding_attention" for kind in text["layer_types"]]
-    return tuple(size if near else None for near in local)
+    return sliding_windows(size, local)
 
 
 class Projector:

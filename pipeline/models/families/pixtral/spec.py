@@ -23,7 +23,7 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
-from pipeline.models.processor import BICUBIC, check_size, check_steps, refusal
+from pipeline.models.processor import BICUBIC, check_size, check_steps, refusal, sides
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import mistral
@@ -231,12 +231,11 @@ def _check_processor(checkpoint: Checkpoint, patch: int) -> None:
 def _longest(checkpoint: Checkpoint) -> int:
     """The longer side of an image at most, as the processor's file says."""
     size = checkpoint.preprocessor_config.get("size") or _DEFAULT_LONGEST
-    named = size if isinstance(size, Mapping) else {"longest_edge": size}
-    numbers = {key: number for key, number in named.items() if number is not None}
-    sides = set(numbers.values())
-    if numbers.keys() not in ({"longest_edge"}, {"height", "width"}) or len(sides) != 1:
+    numbers = sides(size, "longest_edge")
+    lengths = set(numbers.values())
+    if numbers.keys() not in ({"longest_edge"}, {"height", "width"}) or len(lengths) != 1:
         raise refusal(checkpoint, "size", size)
-    return int(sides.pop())
+    return int(lengths.pop())
 
 
 def _token(checkpoint: Checkpoint, name: str, stated: int | None) -> int:

@@ -20,7 +20,7 @@ from pipeline.kernels.resize import resize
 from pipeline.kernels.transfer import upload
 from pipeline.models.base import Model, check_token_ids
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.decoder import Decoder, DecoderConfig, common_config
+from pipeline.models.decoder import Decoder, DecoderConfig, common_config, sliding_windows
 from pipeline.models.families.qwen_vl import spec
 from pipeline.models.loading import Weights
 from pipeline.models.rope import rope_config
@@ -139,11 +139,7 @@ def _windows(text: Mapping[str, Any]) -> tuple[int | None, ...]:
     else:
         first = text.get("max_window_layers", 80)
         near = [size is not None and i >= first for i in range(text["num_hidden_layers"])]
-    if not any(near):
-        return ()
-    if size is None:
-        raise UserError("layer_types names sliding_attention, and the config has no window for it.")
-    return tuple(size if n else None for n in near)
+    return sliding_windows(size, near) if any(near) else ()
 
 
 class QwenVL(Model):
