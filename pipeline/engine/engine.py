@@ -100,10 +100,10 @@ class Engine:
             elif not self.running and self.scheduler.waiting and not self.draining:
                 self.scheduler.reject_stuck()
             self.scheduler.batch_has_run()
-            if self.running and not (pieces and self._waits_to_decode()):
-                self._step()
-            lag = 1 if self.settings.overlap and not self._mode.guided else 0
-            yield from self._collect(lag if self.running else 0)
+            waits = bool(pieces) and self._waits_to_decode()
+            ahead = waits or self._step()
+            late = self.settings.overlap and not self._mode.guided and self.running
+            yield from self._collect(1 if ahead and late else 0)
             if not self.running and (self.draining or self._idle()):
                 self.timer.settle(wait=True)
                 return
@@ -278,10 +278,14 @@ class Engine:
 
     # 3. step
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Ask for one token more of each lane; whether there was one to ask for."""
+        # NOTE: the host sees a step late that an answer has its full length, but knows it before.
+        sequences = [s for s in self.running.values() if s.num_asked < s.most_tokens]
+        if not sequences:
+            return False
         self._num_started = 0
-        # Long ones first: attention then ends on short work.
-        sequences = sorted(self.running.values(), key=lambda s: -s.request.num_tokens)
+        sequences.sort(key=lambda s: -s.request.num_tokens)  # attention then ends on short work
         longest = max(
             s.request.num_tokens + len(s.output_ids) + 2 + len(self._steps) for s in sequences
         )
@@ -292,7 +296,9 @@ class Engine:
                     result = self.decoder.step(part, self._mode, longest)
             except OUT_OF_MEMORY:
                 self._shrink(part)
-                return
+                return True
+            for sequence in part:
+                sequence.num_asked += 1
             self._push(list(enumerate(part)), result)
         self._num_failed_steps = 0
         self.stats.num_steps += 1
@@ -301,6 +307,7 @@ class Engine:
         if self.scheduler.waiting:
             self.stats.num_busy_steps += 1
             self.stats.num_busy_lane_steps += len(sequences)
+        return True
 
     def _shrink(self, part: list[Sequence]) -> None:
         """A step did not fit: again, then without graphs, then by halves; a lone row fails."""

@@ -23,6 +23,7 @@ class Sequence:
     num_cached_tokens: int
     lane: int = -1
     output_ids: list[int] = field(default_factory=list)
+    num_asked: int = 1  # tokens that the device was asked for, the prompt's own first one included
     finished: bool = False
     grammar: Any = None  # guided.Matcher
     states: Any = None  # cross_cache.States of its images, where layers attend to them
@@ -31,6 +32,10 @@ class Sequence:
     def segments(self) -> tuple[tuple[int, int], ...]:
         """Earlier (start, length) ranges that hold this prompt's leading tokens."""
         return tuple((e.start, e.length) for e in self.shared if e.length)
+
+    @property
+    def most_tokens(self) -> int:
+        return self.request.sampling.max_new_tokens
 
     @property
     def num_own_tokens(self) -> int:

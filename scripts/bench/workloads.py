@@ -25,6 +25,7 @@ DESCRIBE = "Describe this image in detail."
 PHOTO = (1024, 768)
 PAGE = (1275, 1650)
 THUMBNAIL = (256, 192)
+SHARED_THUMBNAIL = (448, 336)  # tokens enough that steps read them once for all its questions
 NUM_SCENES = 32  # drawn instead of photographs where none is installed
 SCRAPED = ((512, 384), (640, 480), (800, 600), (768, 1024), (1024, 768), (1280, 960))
 QUESTIONS = {
@@ -89,7 +90,8 @@ def thumbnails(load: Workload, num_answers: int) -> Workload:
     count of lanes has been seen; takes seconds.
     """
     num_images = max(1, num_answers // len(load.prompts))
-    small = _photos("warmup", [THUMBNAIL] * num_images, range(num_images), 99)
+    size = SHARED_THUMBNAIL if len(load.prompts) > 1 else THUMBNAIL
+    small = _photos("warmup", [size] * num_images, range(num_images), 99)
     return replace(
         load,
         images=small.images,

@@ -24,3 +24,18 @@ def test_lanes_are_refilled(folders: dict[str, Path]) -> None:
     assert engine.stats.num_output_tokens == lengths.sum()
     full = lengths.sum() / (engine.stats.num_steps * 16)
     assert full > 0.9, full
+
+
+def test_no_step_is_run_for_lanes_that_have_all_they_asked_for(folders: dict[str, Path]) -> None:
+    bench = Bench.open(folders["qwen2_5_vl"], decode_slots=8, prefill_tokens=2048)
+    requests = [
+        bench.request(row, TEXTS[0], [picture(row, 56, 56)], max_new_tokens=most, ignore_eos=True)
+        for row, most in enumerate([5, 5, 5, 1, 3, 5])
+    ]
+    engine = bench.engine()
+    found = bench.run(requests, engine)
+    assert [len(found[r.key].output_ids) for r in requests] == [5, 5, 5, 1, 3, 5]
+    running = engine.stats.num_running_lane_steps
+    assert running == engine.stats.num_output_tokens - len(requests), "a prefill draws the first"
+    if engine.stats.num_prefill_batches == 1:
+        assert engine.stats.num_steps == 4

@@ -34,9 +34,18 @@ def test_a_warm_up_passes_every_number_of_lanes() -> None:
     load = workloads.make("vqa", 24, 1)
     warm = workloads.thumbnails(load, 24)
     assert (warm.prompts, warm.num_answers) == (load.prompts, 24)
-    assert Image.open(io.BytesIO(warm.images[0])).size == workloads.THUMBNAIL
+    assert Image.open(io.BytesIO(warm.images[0])).size == workloads.SHARED_THUMBNAIL
     chosen = measure.settings("demo", [warm, load], {"device": "cpu"}, {})
     assert {p.max_new_tokens for p in chosen.prompts.values()} == {2, 3, 4, 16}
+
+
+def test_a_warm_up_shares_images_as_the_workload_does() -> None:
+    from pipeline.engine.cascade import MIN_LENGTH
+
+    width, height = workloads.SHARED_THUMBNAIL
+    assert width // 28 * (height // 28) >= MIN_LENGTH
+    alone = workloads.thumbnails(workloads.make("caption", 4, 1), 4)
+    assert alone.sizes[0] == workloads.THUMBNAIL
 
 
 def test_vqa_asks_eight_questions_of_each_image() -> None:
