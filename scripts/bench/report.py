@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from scripts.bench import results, workloads
@@ -49,10 +49,17 @@ def _field(row: Row, name: str) -> Any:
     return row.get(name, "none")
 
 
-def on_gpu(work: str, quantization: str = "none", model: str = "random 7b") -> Row | None:
+def on_gpu(
+    work: str, quantization: str = "none", model: str = "random 7b", kv_cache: str = "auto"
+) -> Row | None:
     """The last row of a workload with that model on a GPU."""
-    row = latest(f"{work}/labeller", quantization=quantization, model=model)
+    row = latest(f"{work}/labeller", quantization=quantization, model=model, kv_cache=kv_cache)
     return row if row and "driver" in row else None
+
+
+def whole_fp8(work: str) -> Row | None:
+    """Weights in float8, and keys and values too."""
+    return on_gpu(work, "fp8", kv_cache="fp8")
 
 
 def vllm(work: str) -> Row | None:
@@ -81,14 +88,13 @@ def measured() -> str:
 
 def table() -> str:
     """Workloads down, engines across, in rows a second."""
-    head = ("bf16", "fp8", "vLLM, bf16", "bf16 : vLLM", "fp8 : vLLM", "of the bf16 limit")
-    lines = [f"| workload (rows/s) | {' | '.join(head)} |", "| --- " * 7 + "|"]
+    head = ("vLLM, bf16", "bf16", "of its limit", "fp8", "fp8, cache too")
+    lines = [f"| workload (rows/s) | {' | '.join(head)} |", "| --- " * 6 + "|"]
     for work in workloads.NAMES:
-        plain, eight, peer = on_gpu(work), on_gpu(work, "fp8"), vllm(work)
+        plain, eight, whole = on_gpu(work), on_gpu(work, "fp8"), whole_fp8(work)
         share = f"{plain['share_of_peak']:.0%}" if plain else "–"
-        ratios = (_ratio(plain), _ratio(eight))
-        cells = (KINDS[work], _rate(plain), _rate(eight), _rate(peer), *ratios, share)
-        lines.append(f"| {' | '.join(cells)} |")
+        ours = (_beside(plain), share, _beside(eight), _beside(whole))
+        lines.append(f"| {' | '.join((KINDS[work], _rate(vllm(work)), *ours))} |")
     return "\n".join([*lines, "", *_notes()])
 
 
@@ -150,19 +156,20 @@ def _apart(row: Row) -> str:
 
 def _repetitions() -> str:
     """How often the table's own cells were timed, from the least to the most."""
-    shown = [on_gpu(work, kind) for work in workloads.NAMES for kind in ("none", "fp8")]
+    kinds = (on_gpu, partial(on_gpu, quantization="fp8"), whole_fp8)
+    shown = [kind(work) for work in workloads.NAMES for kind in kinds]
     counts = sorted({len(row["seconds"]) for row in shown if row})
     return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _deterministic_notes() -> list[str]:
-    notes = []
+    kept = []
     for work in ("caption", "mixed"):
         row, plain = latest("deterministic", work=work), on_gpu(work)
         if row and plain:
-            kept = row["rows_per_s"]["p50"] / plain["rows_per_s"]["p50"]
-            notes.append(f"`engine.deterministic: true` keeps {kept:.0%} of the rate of {work}.")
-    return notes
+            share = row["rows_per_s"]["p50"] / plain["rows_per_s"]["p50"]
+            kept.append(f"{share:.0%} of the rate of {work}")
+    return [f"`engine.deterministic: true` keeps {', '.join(kept)}."] if kept else []
 
 
 def _family_notes() -> list[str]:
@@ -197,9 +204,9 @@ def _fp8_note(row: Row, what: str) -> str:
     )
 
 
-def _ratio(row: Row | None) -> str:
-    """Ours to vLLM's bf16 on the same rows."""
-    return f"{row['vllm']['ratio']:.2f}" if row and "vllm" in row else "–"
+def _beside(row: Row | None) -> str:
+    """Our rate, and how many times vLLM's in bf16 on the same rows."""
+    return f"{_rate(row)} ({row['vllm']['ratio']:.2f} ×)" if row and "vllm" in row else _rate(row)
 
 
 def _rate(row: Row | None) -> str:
