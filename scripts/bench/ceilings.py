@@ -28,14 +28,20 @@ class Ceilings:
     bytes_per_s: float
 
     def seconds(self, work: Work, weight_bytes: float, num_steps: float) -> dict[str, float]:
-        """The least time of each stage: the work at its ceiling."""
+        """The least time of each stage: the work at its ceiling.
+
+        A step's products read the weights while they compute; its attention comes in between them,
+        and reads keys and values.
+        """
         vision = (work.vision - work.vision_attention) / self.vision
         prefill = (work.prefill - work.prefill_attention) / self.prefill
-        moved = work.decode_bytes + weight_bytes * num_steps
+        linear = (work.decode - work.decode_attention) / self.prefill
+        attention = work.decode_attention / self.prefill
         return {
             "vision": vision + work.vision_attention / self.vision_attention,
             "prefill": prefill + work.prefill_attention / self.prefill_attention,
-            "decode": max(moved / self.bytes_per_s, work.decode / self.prefill),
+            "decode": max(weight_bytes * num_steps / self.bytes_per_s, linear)
+            + max(work.decode_bytes / self.bytes_per_s, attention),
         }
 
 

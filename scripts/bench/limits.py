@@ -27,6 +27,7 @@ class Work:
     decode_bytes: float = 0.0  # keys and values alone
     vision_attention: float = 0.0  # of `vision`: the products of queries, keys and values
     prefill_attention: float = 0.0  # of `prefill`
+    decode_attention: float = 0.0  # of `decode`
 
     @property
     def flops(self) -> float:
@@ -142,8 +143,11 @@ class Shapes:
 
     def decode_flops(self, num_prompt: int, num_output: int) -> float:
         steps = max(0, num_output - 1)  # the first token comes out of the prefill
-        pairs = read_tokens(num_prompt, num_output)
-        return steps * (self.token_flops + self.head_flops) + pairs * self.pair_flops
+        linear = steps * (self.token_flops + self.head_flops)
+        return linear + self.decode_attention_flops(num_prompt, num_output)
+
+    def decode_attention_flops(self, num_prompt: int, num_output: int) -> float:
+        return read_tokens(num_prompt, num_output) * self.pair_flops
 
     @property
     def decoder_values(self) -> float:
@@ -177,6 +181,7 @@ def work(
         decode_bytes=kept * sum(read_tokens(prompt, output) for prompt, _, output in rows),
         vision_attention=sum(shapes.vision_attention_flops(n) for n in images),
         prefill_attention=sum(shapes.prefill_attention_flops(p, cached) for p, cached, _ in rows),
+        decode_attention=sum(shapes.decode_attention_flops(p, output) for p, _, output in rows),
     )
 
 
@@ -191,7 +196,8 @@ def work_of_sizes(
     token = 2.0 * (sizes.active_params or sizes.decoder_params)
     kept = sizes.kv_bytes_per_token(value_bytes, float8)
     pair = 4.0 * sizes.num_layers * sizes.num_heads * sizes.head_dim
-    vision = vision_attention = prefill = prefill_attention = decode = decode_bytes = 0.0
+    vision = vision_attention = prefill = prefill_attention = 0.0
+    decode = decode_attention = decode_bytes = 0.0
     for count in image_tokens:
         patches = count * sizes.patches_per_token
         seen = min(patches, sizes.patches_per_run or patches)
@@ -203,11 +209,12 @@ def work_of_sizes(
         prefill += new * token + sizes.embedding_params
         prefill_attention += (new * cached + new * (new + 1) / 2) * pair
         pairs = read_tokens(prompt, output)
-        decode += steps * (token + sizes.embedding_params) + pairs * pair
+        decode += steps * (token + sizes.embedding_params)
+        decode_attention += pairs * pair
         decode_bytes += kept * pairs
     return Work(
-        vision + vision_attention, prefill + prefill_attention, decode, decode_bytes,
-        vision_attention, prefill_attention,
+        vision + vision_attention, prefill + prefill_attention, decode + decode_attention,
+        decode_bytes, vision_attention, prefill_attention, decode_attention,
     )  # fmt: skip
 
 

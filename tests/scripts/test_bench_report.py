@@ -51,7 +51,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_table_takes_the_latest_rows(rows: None) -> None:
     caption = next(line for line in report.table().splitlines() if line.startswith("| caption"))
     assert [cell.strip() for cell in caption.split("|")[2:-1]] == [
-        "31.5", "45.0", "18.0", "1.75", "–", "50%",
+        "18.0", "31.5 (1.75 ×)", "50%", "45.0", "–",
     ]  # fmt: skip
     assert "3B shapes: 70.0" in report.table()
     assert "1.75 × vLLM 0.23.0" in report.measured()
@@ -73,6 +73,15 @@ def test_ceilings_of_another_model_s_stages() -> None:
     assert times["vision"] * 1e3 / 4 == pytest.approx(9.4, abs=0.5)
     assert times["prefill"] * 1e3 / 4 == pytest.approx(18.2, abs=0.5)
     assert times["decode"] > 127 * 14e9 / 4e12  # the weights alone, once a step
+
+
+def test_many_lanes_compute_longer_than_their_weights_take_to_read() -> None:
+    shapes = Shapes.of(config(SIZES["7b"], ROPE["7b"]))
+    needed = work(shapes, [], [(1026, 0, 128)] * 512)
+    times = CEILINGS.seconds(needed, shapes.decoder_values * 2, 127)
+    linear = 512 * 127 * 2 * shapes.decoder_values / CEILINGS.prefill
+    read = needed.decode_bytes / CEILINGS.bytes_per_s
+    assert times["decode"] == pytest.approx(linear + read)
 
 
 def test_the_largest_loss_is_named() -> None:
