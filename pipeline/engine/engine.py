@@ -22,15 +22,15 @@ from pipeline.engine.kv_cache import NUM_TRASH, KVCache
 from pipeline.engine.memory import EngineSizes
 from pipeline.engine.outcome import Outcomes
 from pipeline.engine.prefill import encode_images, prefill
-from pipeline.engine.sampler import SamplerMode, sample
+from pipeline.engine.sampler import SamplerMode
 from pipeline.engine.schedule import Piece, Scheduler
 from pipeline.engine.sequence import Sequence
-from pipeline.engine.slots import LaneStart, Slots
+from pipeline.engine.slots import Slots
+from pipeline.engine.starts import Starter
 from pipeline.engine.stats import EngineStats, StageTimer
 from pipeline.engine.upload import Uploaded, Uploader
 from pipeline.errors import RowError
 from pipeline.feeder import END, Feed
-from pipeline.kernels.lanes import advance
 from pipeline.kernels.transfer import to_device
 from pipeline.models.base import Model
 from pipeline.rows import Completion, Group, Prefix
@@ -71,6 +71,7 @@ class Engine:
         self.decoder = Decoder(
             model, self.cache, self.slots, settings.cuda_graphs, longest, self.cross
         )
+        self.starter = Starter(self.slots, outcomes, c.vocab_size, self.cross)
         self.uploader = Uploader(model.device)
         self.stats = EngineStats()
         self.timer = StageTimer(self.stats, model.device)
@@ -207,42 +208,11 @@ class Engine:
 
     def _start(self, sequences: list[Sequence], logits: Tensor) -> None:
         """Draw first tokens and set the lanes going."""
-        mode = SamplerMode.of(s.request for s in sequences)
-        self._mode = mode | SamplerMode.of(s.request for s in self.running.values())
-        self._prepare(sequences, mode)
-        rows = self.slots.fill([_lane_start(s) for s in sequences])
-        if self.cross is not None:
-            self.cross.start(rows, sequences)
-        tokens, valid = sample(logits, self.slots, rows, mode)
-        result = advance(self.slots, rows, tokens, valid, step=0)
+        result = self.starter.start(sequences, logits)
         self.running.update((s.lane, s) for s in sequences)
+        self._mode = SamplerMode.of(s.request for s in self.running.values())
         self._num_started += len(sequences)
         self._push(list(enumerate(sequences)), result)
-
-    def _prepare(self, sequences: list[Sequence], mode: SamplerMode) -> None:
-        """Lanes' rows of what only some modes keep: tokens seen, tokens allowed."""
-        vocab, device = self.model.decoder.config.vocab_size, self.model.device
-        slots = self.slots
-        if mode.penalty:
-            if slots.seen is None:
-                shape = (slots.num_slots + 1, vocab)
-                slots.seen = torch.zeros(shape, dtype=torch.bool, device=device)
-            for s in sequences:
-                tokens = torch.from_numpy(s.request.tokens.astype("int64"))
-                tokens = tokens[tokens < vocab]  # an image token may lie beyond the head's
-                slots.seen[s.lane] = False
-                slots.seen[s.lane, to_device(tokens, device)] = True
-        elif slots.seen is not None:
-            lanes = torch.tensor([s.lane for s in sequences], device=device)
-            slots.seen[lanes] = False
-        if mode.guided and slots.allowed is None:
-            shape = (slots.num_slots + 1, -(-vocab // 32))
-            slots.allowed = torch.full(shape, -1, dtype=torch.int32, device=device)
-        if slots.allowed is not None:
-            for s in sequences:
-                self.outcomes.begin(s)
-                mask = self.outcomes.mask(s)
-                slots.allowed[s.lane] = -1 if mask is None else mask.to(device)
 
     def _fail_piece(self, piece: Piece) -> None:
         error = RowError("out_of_memory", "The row does not fit the device's memory even alone.")
@@ -390,15 +360,3 @@ class _Pixels:
 
     uploaded: Uploaded
     image: Any
-
-
-def _lane_start(sequence: Sequence) -> LaneStart:
-    request, own = sequence.request, sequence.own
-    length = sequence.num_own_tokens
-    return LaneStart(
-        lane=sequence.lane,
-        place=own.start + length,
-        position=request.next_position,
-        segments=(*sequence.segments, (own.start, length + 1)),
-        sampling=request.sampling,
-    )
