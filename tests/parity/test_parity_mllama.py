@@ -315,7 +315,7 @@ def test_few_states_at_once(folders: dict[str, Path], truth: dict[Any, Any]) -> 
     bench = Bench.open(folders["original"])
     engine = bench.engine()
     small = CrossCache(engine.model, 2 * TILES * LENGTH, engine.slots.num_slots + 1)
-    engine.cross = engine.decoder.cross = small
+    engine.cross = engine.decoder.cross = engine.starter.cross = small
     engine.scheduler.state_pool = small.pool
     found = bench.run(mllama_questions(bench), engine)
     for key, completion in found.items():
