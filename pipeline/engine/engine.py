@@ -37,6 +37,7 @@ from pipeline.rows import Completion, Group, Prefix
 from pipeline.settings import EngineSettings
 
 OUT_OF_MEMORY = torch.OutOfMemoryError
+MOST_PIXEL_BYTES = 1 << 30  # of images that wait on the device, as large as they were sent
 
 
 @dataclass(slots=True)
@@ -113,7 +114,7 @@ class Engine:
 
     def _flushing(self) -> bool:
         """Whether a small batch is worth it, as nothing more comes or nothing runs."""
-        return not self._fed or not self.running
+        return not self._fed or not self.running or self._full_of_pixels()
 
     def _waits_to_decode(self) -> bool:
         """Whether the next batch goes first: a step costs about the same however few lanes run.
@@ -133,8 +134,7 @@ class Engine:
 
         Returns whether the wait was in vain.
         """
-        enough = 2 * self.scheduler.prefill_tokens
-        while self._fed and self.scheduler.num_waiting_tokens < enough and not self.draining:
+        while self._fed and self._has_room() and not self.draining:
             starving = not self.running and not self.scheduler.waiting
             if starving:
                 with self.timer.host("feed_wait"):
@@ -149,9 +149,17 @@ class Engine:
                 return starving
         return False
 
+    def _has_room(self) -> bool:
+        """Whether less waits than the next two batches need."""
+        short = self.scheduler.num_waiting_tokens < 2 * self.scheduler.prefill_tokens
+        return short and not self._full_of_pixels()
+
+    def _full_of_pixels(self) -> bool:
+        return self.scheduler.num_waiting_bytes >= MOST_PIXEL_BYTES
+
     def _add(self, fed: Any) -> None:
         with self.timer.host("upload"):
-            uploaded = self.uploader.upload(fed.images)
+            uploaded = self._upload(fed.images)
         fed.release()
         pixels = [_Pixels(uploaded, i) for i in uploaded.images]
         values = [p.image if isinstance(p.image, RowError) else p for p in pixels]
@@ -159,7 +167,26 @@ class Engine:
             self.scheduler.add_prefix(fed.item, values)
         else:
             assert isinstance(fed.item, Group)
-            self.scheduler.add_group(fed.item, values)
+            self.scheduler.add_group(fed.item, values, uploaded.num_bytes)
+
+    def _upload(self, images: tuple[Any, ...]) -> Uploaded:
+        """Copy the images; out of memory: once more, then their rows fail."""
+        try:
+            return self.uploader.upload(images)
+        except OUT_OF_MEMORY:
+            self._free_memory()
+        try:
+            return self.uploader.upload(images)
+        except OUT_OF_MEMORY:
+            error = RowError("out_of_memory", "The row's images do not fit the device's memory.")
+            return Uploaded(tuple(i if isinstance(i, RowError) else error for i in images))
+
+    def _free_memory(self) -> None:
+        """After out of memory: give back what the allocator keeps."""
+        self.stats.num_out_of_memory += 1
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
     # 2. prefill
 
@@ -168,10 +195,7 @@ class Engine:
         try:
             self._run_prefill(pieces)
         except OUT_OF_MEMORY:
-            self.stats.num_out_of_memory += 1
-            if self.model.device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
+            self._free_memory()
             if len(pieces) == 1:
                 self._prefill_alone(pieces[0])
                 return
@@ -281,11 +305,8 @@ class Engine:
 
     def _shrink(self, part: list[Sequence]) -> None:
         """A step did not fit: again, then without graphs, then by halves; a lone row fails."""
-        self.stats.num_out_of_memory += 1
+        self._free_memory()
         self._num_failed_steps += 1
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
         if self._num_failed_steps == 1:
             return
         if self.decoder.graphs:

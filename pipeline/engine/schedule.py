@@ -90,6 +90,7 @@ class GroupWork:
     error: RowError | None = None  # its shared tokens could not be computed
     num_admitted: int = 0
     states: Any = None  # of the shared images, where layers attend to them
+    num_bytes: int = 0  # of its pixels
 
     def images_of(self, request: Request) -> tuple[tuple[PlacedImage, Any], ...]:
         """The request's own images, each with its pixels or its RowError."""
@@ -127,6 +128,7 @@ class Scheduler:
         self.waiting: deque[GroupWork] = deque()
         self.rejected: list[Completion] = []
         self._num_waiting_tokens = 0
+        self.num_waiting_bytes = 0  # of the waiting groups' pixels
         self._afterwards: list[Callable[[], None]] = []
 
     @property
@@ -153,13 +155,16 @@ class Scheduler:
             error = RowError("out_of_memory", "The shared prefix does not fit the cache.")
         self.prefix = PrefixWork(prefix, images, error=error)
 
-    def add_group(self, group: Group, pixels: Seq[Any]) -> None:
+    def add_group(self, group: Group, pixels: Seq[Any], num_bytes: int = 0) -> None:
+        """Let the group wait; `num_bytes` is what its pixels take of the device."""
         have = len(self.prefix.prefix.tokens) if self.prefix is not None else 0
         if group.num_prefix_tokens not in (0, have):
             raise ValueError(
                 f"a group counts on {group.num_prefix_tokens} prefix tokens, not {have}"
             )
         work = GroupWork(group, tuple(pixels), self.prefix, deque(group.requests))
+        work.num_bytes = num_bytes
+        self.num_waiting_bytes += num_bytes
         self.waiting.append(work)
         self._num_waiting_tokens += self._cost(group)
         if self.prefix is not None and group.num_prefix_tokens:
@@ -346,6 +351,7 @@ class Scheduler:
     def _drop(self, work: GroupWork) -> None:
         """The group is wholly admitted: its own hold on ranges ends."""
         self._num_waiting_tokens -= self._cost(work.group)
+        self.num_waiting_bytes -= work.num_bytes
         if work.shared is not None:
             self.pool.give(work.shared)
         if work.states is not None:

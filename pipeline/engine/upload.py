@@ -23,6 +23,10 @@ class Uploaded:
     images: tuple[Tensor | RowError, ...]
     event: Any = None
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(i.nbytes for i in self.images if isinstance(i, Tensor))
+
     def wait(self) -> None:
         """Make the current stream wait for the copies."""
         if self.event is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.engine_bench import Bench, outputs, questions
+from tests.engine.engine_bench import PIXELS, Bench, outputs, picture, questions
 
 
 def failing(function: Callable[..., Any], when: Callable[[int, Any], bool]) -> Callable[..., Any]:
@@ -26,10 +26,11 @@ def failing(function: Callable[..., Any], when: Callable[[int, Any], bool]) -> C
     return wrapped
 
 
-STAGES = [(s, n) for s in ("vision", "embed", "logits", "decode") for n in (1, 2, 5)]
+CALLS = {"upload": 5, "vision": 2, "embed": 5, "logits": 5, "start": 2, "decode": 5}
+STAGES = [(stage, call) for stage, most in CALLS.items() for call in (1, 2, 5) if call <= most]
 
 
-@pytest.mark.parametrize(("stage", "call"), [s for s in STAGES if s != ("vision", 5)])
+@pytest.mark.parametrize(("stage", "call"), STAGES)
 def test_answers_survive(folder: Path, stage: str, call: int) -> None:
     bench = Bench.open(folder)
     requests = questions(bench)
@@ -53,6 +54,55 @@ def test_a_row_that_never_fits_fails_alone(folder: Path) -> None:
     expected = {r.key for r in requests if any(i.layout.num_tokens == large for i in r.images)}
     assert failed == expected
     assert all(found[k].output_ids == plain[k] for k in plain if k not in failed)
+
+
+def test_a_row_whose_images_cannot_be_copied_fails_alone(folder: Path) -> None:
+    bench = Bench.open(folder)
+    requests = questions(bench)
+    plain = outputs(bench.run(requests))
+    engine = bench.engine()
+    large = max(i.layout.num_tokens for r in requests for i in r.images)
+    bad = {r.key for r in requests if any(i.layout.num_tokens == large for i in r.images)}
+    shapes = {PIXELS[i.image.digest].shape for r in requests if r.key in bad for i in r.images}
+    _inject(engine, "upload", lambda _, args: any(i.shape in shapes for i in args[0]))
+    found = bench.run(requests, engine)
+    codes = {k: c.error.code for k, c in found.items() if c.error is not None}
+    assert codes == dict.fromkeys(bad, "out_of_memory")
+    assert all(found[k].output_ids == plain[k] for k in plain if k not in bad)
+
+
+def test_waiting_images_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench.open(folder, decode_slots=1, prefill_tokens=2048)
+    requests = questions(bench)
+    plain = outputs(bench.run(requests))
+    engine = bench.engine()
+    largest = max(PIXELS[i.image.digest].nbytes for r in requests for i in r.images)
+    monkeypatch.setattr("pipeline.engine.engine.MOST_PIXEL_BYTES", largest)
+    add, held = engine.scheduler.add_group, []
+
+    def seen(*given: Any) -> None:
+        add(*given)
+        held.append(engine.scheduler.num_waiting_bytes)
+
+    engine.scheduler.add_group = seen
+    assert outputs(bench.run(requests, engine)) == plain
+    assert largest <= max(held) < 3 * largest
+    assert engine.scheduler.num_waiting_bytes == 0
+
+
+def test_large_images_do_not_wait_for_running_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What may wait is too little for a batch's tokens; lanes are filled all the same."""
+    bench = Bench.open(folder, decode_slots=8, prefill_tokens=4096)
+    requests = [
+        bench.request(row, "Hm", [picture(row, 56, 56)], max_new_tokens=8, ignore_eos=True)
+        for row in range(16)
+    ]
+    monkeypatch.setattr("pipeline.engine.engine.MOST_PIXEL_BYTES", 1)
+    engine = bench.engine()
+    bench.run(requests, engine)
+    assert engine.stats.num_steps < 16 * 7 / 3, "rows ran one after another"
 
 
 def test_a_step_that_does_not_fit_is_run_in_parts(folder: Path) -> None:
@@ -81,7 +131,11 @@ def test_a_row_that_no_step_fits_fails_alone(folder: Path) -> None:
 
 def _inject(engine: Any, stage: str, when: Callable[[int, Any], bool]) -> None:
     model = engine.model
-    if stage == "vision":
+    if stage == "upload":
+        engine.uploader.upload = failing(engine.uploader.upload, when)
+    elif stage == "start":
+        engine.starter.start = failing(engine.starter.start, when)
+    elif stage == "vision":
         model.encode_images = failing(model.encode_images, when)
     elif stage == "embed":
         model.embed = failing(model.embed, when)
