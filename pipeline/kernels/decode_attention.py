@@ -18,7 +18,7 @@ from torch.nn import functional
 from pipeline.kernels.backend import invariant, next_power_of_2, tl, triton, use_triton
 from pipeline.kernels.cached_rows import CachedRows, take_rows
 from pipeline.kernels.decode_float8 import launch_decode_float8
-from pipeline.kernels.flash_parts import block_scores, fold_block, lane_length, lane_places
+from pipeline.kernels.flash_parts import block_scores, fold_block, lane_chunk, lane_places
 from pipeline.kernels.fp8 import Quantized
 
 BLOCK_KV = 64
@@ -141,13 +141,7 @@ def _decode_kernel(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     GROUP: tl.constexpr = HQ // HK
-    total = lane_length(seg_ptr, lane, SEGMENTS)
-    low = 0
-    if WINDOW > 0:
-        low = tl.maximum(total - WINDOW, 0)
-    chunk = tl.cdiv(tl.cdiv(total - low, num_splits), BLOCK) * BLOCK
-    first = low + split * chunk
-    stop = tl.minimum(first + chunk, total)
+    first, stop = lane_chunk(seg_ptr, lane, split, num_splits, SEGMENTS, WINDOW, BLOCK)
     row = tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_D)
     q_mask = (row[:, None] < GROUP) & (channel[None, :] < DIM)

@@ -13,7 +13,7 @@ from pipeline.kernels.backend import next_power_of_2, tl, triton
 from pipeline.kernels.cached_rows import pairs
 from pipeline.kernels.flash_parts import (
     cap_scores,
-    lane_length,
+    lane_chunk,
     lane_places,
     lifted,
     lowered,
@@ -70,13 +70,7 @@ def _decode_kernel(
     split = tl.program_id(2)
     GROUP: tl.constexpr = HQ // HK
     COPIES: tl.constexpr = 1 if BLOCK >= 128 else 2
-    total = lane_length(seg_ptr, lane, SEGMENTS)
-    low = 0
-    if WINDOW > 0:
-        low = tl.maximum(total - WINDOW, 0)
-    chunk = tl.cdiv(tl.cdiv(total - low, num_splits), BLOCK) * BLOCK
-    first = low + split * chunk
-    stop = tl.minimum(first + chunk, total)
+    first, stop = lane_chunk(seg_ptr, lane, split, num_splits, SEGMENTS, WINDOW, BLOCK)
     row = tl.arange(0, ROWS)
     pair = tl.arange(0, BLOCK_D // 2)
     head_row = lane * HQ + kv_head * GROUP + row

@@ -18,12 +18,23 @@ def key_places(key, entry):
 
 
 @triton.jit
-def lane_length(seg_ptr, lane, SEGMENTS: tl.constexpr):
-    """How many keys the segments [B, S, 2] of a lane hold together."""
+def lane_chunk(
+    seg_ptr, lane, split, num_splits, SEGMENTS: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """First and end of the keys that a split of a lane reads: whole blocks but for the last.
+
+    The segments [B, S, 2] of a lane hold its keys together; a WINDOW of 0 reads all of them.
+    """
     total = 0
     for s in tl.static_range(SEGMENTS):
         total += tl.load(seg_ptr + (lane * SEGMENTS + s) * 2 + 1)
-    return total
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(total - WINDOW, 0)
+    chunk = tl.cdiv(tl.cdiv(total - low, num_splits), BLOCK) * BLOCK
+    first = low + split * chunk
+    return first, tl.minimum(first + chunk, total)
 
 
 @triton.jit

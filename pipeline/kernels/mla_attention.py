@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pipeline.kernels.backend import next_power_of_2, tl, triton
 from pipeline.kernels.decode_attention import DecodePlan, join_splits
-from pipeline.kernels.flash_parts import fold_block, key_places, lane_length, lane_places
+from pipeline.kernels.flash_parts import fold_block, key_places, lane_chunk, lane_places
 from pipeline.kernels.mla_pack import turn_and_cache
 from pipeline.kernels.prefill_attention import BLOCK_Q, TABLE_WIDTH, PrefillPlan
 
@@ -97,10 +97,7 @@ def _decode_kernel(
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(2)
     DIM: tl.constexpr = ROPE + RANK
-    total = lane_length(seg_ptr, lane, SEGMENTS)
-    chunk = tl.cdiv(tl.cdiv(total, num_splits), BLOCK) * BLOCK
-    first = split * chunk
-    stop = tl.minimum(first + chunk, total)
+    first, stop = lane_chunk(seg_ptr, lane, split, num_splits, SEGMENTS, 0, BLOCK)
     turned, latent = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_L)
     is_head = head[:, None] < NUM_HEADS
     q_row = q_ptr + lane.to(tl.int64) * q_stride + head[:, None] * DIM
