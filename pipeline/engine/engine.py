@@ -280,9 +280,7 @@ class Engine:
             return False
         self._num_started = 0
         sequences.sort(key=lambda s: -s.request.num_tokens)  # attention then ends on short work
-        longest = max(
-            s.request.num_tokens + len(s.output_ids) + 2 + len(self._steps) for s in sequences
-        )
+        longest = max(s.request.num_tokens + s.num_asked for s in sequences)
         for first in range(0, len(sequences), self._step_lanes):
             part = sequences[first : first + self._step_lanes]
             try:

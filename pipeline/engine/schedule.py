@@ -127,13 +127,9 @@ class Scheduler:
         self.prefix: PrefixWork | None = None
         self.waiting: deque[GroupWork] = deque()
         self.rejected: list[Completion] = []
-        self._num_waiting_tokens = 0
+        self.num_waiting_tokens = 0
         self.num_waiting_bytes = 0  # of the waiting groups' pixels
         self._afterwards: list[Callable[[], None]] = []
-
-    @property
-    def num_waiting_tokens(self) -> int:
-        return self._num_waiting_tokens
 
     def _cost(self, group: Group) -> int:
         if self.state_pool is None:
@@ -155,18 +151,18 @@ class Scheduler:
             error = RowError("out_of_memory", "The shared prefix does not fit the cache.")
         self.prefix = PrefixWork(prefix, images, error=error)
 
-    def add_group(self, group: Group, pixels: Seq[Any], num_bytes: int = 0) -> None:
+    def add_group(self, group: Group, pixels: Seq[Any], num_bytes: int) -> None:
         """Let the group wait; `num_bytes` is what its pixels take of the device."""
         have = len(self.prefix.prefix.tokens) if self.prefix is not None else 0
         if group.num_prefix_tokens not in (0, have):
             raise ValueError(
                 f"a group counts on {group.num_prefix_tokens} prefix tokens, not {have}"
             )
-        work = GroupWork(group, tuple(pixels), self.prefix, deque(group.requests))
-        work.num_bytes = num_bytes
+        waiting = deque(group.requests)
+        work = GroupWork(group, tuple(pixels), self.prefix, waiting, num_bytes=num_bytes)
         self.num_waiting_bytes += num_bytes
         self.waiting.append(work)
-        self._num_waiting_tokens += self._cost(group)
+        self.num_waiting_tokens += self._cost(group)
         if self.prefix is not None and group.num_prefix_tokens:
             self.prefix.extent.num_users += 1
 
@@ -350,7 +346,7 @@ class Scheduler:
 
     def _drop(self, work: GroupWork) -> None:
         """The group is wholly admitted: its own hold on ranges ends."""
-        self._num_waiting_tokens -= self._cost(work.group)
+        self.num_waiting_tokens -= self._cost(work.group)
         self.num_waiting_bytes -= work.num_bytes
         if work.shared is not None:
             self.pool.give(work.shared)

@@ -61,6 +61,13 @@ class Checkpoint:
             raise UserError(f"model.id {settings.id!r}: {checkpoint.folder} has no config.json")
         return checkpoint
 
+    def describes_no(self, family: str, error: Exception) -> UserError:
+        """What to raise where values of the config files make no model of `family`."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return UserError(
+            f"model.id {self.id!r}: its config files describe no {family} model ({reason})"
+        )
+
     def json(self, name: str) -> dict[str, Any] | None:
         """The JSON object in the file `name`, or None where there is no such file."""
         if name not in self._cache:

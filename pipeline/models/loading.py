@@ -230,10 +230,6 @@ def load_model(
             "take a larger device or a smaller model"
         ) from error
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"model.id {checkpoint.id!r}: its config files describe no {family.name} model"
-            f" ({' '.join(reason.split())})"
-        ) from error
+        raise checkpoint.describes_no(family.name, error) from error
     weights.finish()
     return model

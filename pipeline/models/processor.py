@@ -6,13 +6,15 @@ would be other pixels than transformers'. Knows no family. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.models.checkpoint import Checkpoint
 
 LANCZOS, BICUBIC = 1, 3  # Pillow's numbers of the filters
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
 _SCALE = 1 / 255
 
@@ -67,6 +69,12 @@ def longest_edge(checkpoint: Checkpoint, key: str, default: int) -> int:
     if not isinstance(size, Mapping) or not size.get("longest_edge"):
         raise refusal(checkpoint, key, size)
     return int(size["longest_edge"])
+
+
+def mean_colour(mean: Sequence[float]) -> tuple[int, int, int]:
+    """The colour that is nothing once pixels are normalised, rounded down as the processors do."""
+    red, green, blue = (int(value * 255) for value in mean)
+    return red, green, blue
 
 
 def refusal(checkpoint: Checkpoint, key: str, value: Any) -> UserError:

@@ -197,10 +197,7 @@ def _matches(spec: Any, name: str, checkpoint: Checkpoint) -> bool:
     try:
         return bool(spec.matches(checkpoint.config))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"model.id {checkpoint.id!r}: its config files describe no {name} model ({reason})"
-        ) from error
+        raise checkpoint.describes_no(name, error) from error
 
 
 def _build(spec: Any, name: str, checkpoint: Checkpoint, settings: ModelSettings) -> Family:
@@ -208,10 +205,7 @@ def _build(spec: Any, name: str, checkpoint: Checkpoint, settings: ModelSettings
     try:
         family: Family = spec.build(checkpoint, settings)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"model.id {settings.id!r}: its config files describe no {name} model ({reason})"
-        ) from error
+        raise checkpoint.describes_no(name, error) from error
     return family
 
 

@@ -30,12 +30,9 @@ bf16() { # about 6 minutes
 ocr() { bench bf16.jsonl --shape 7b --work ocr:3 --roofline; }
 fp8() { # about 4 minutes
   bench fp8.jsonl --shape 7b --quantization fp8 \
-    --work caption:3,mixed:3,vqa:3,prefix:3,ocr:1 --roofline --seconds 480
+    --work caption:3,mixed:3,vqa:3,prefix:3,ocr:1 --roofline --seconds 480 "$@"
 }
-fp8_cache() { # keys and values in float8 too; about 4 minutes
-  bench fp8.jsonl --shape 7b --quantization fp8 --set engine.kv_cache=fp8 \
-    --work caption:3,mixed:3,vqa:3,prefix:3,ocr:1 --roofline --seconds 480
-}
+fp8_cache() { fp8 --set engine.kv_cache=fp8; } # keys and values in float8 too
 fp8_error() { # logits of fp8 beside bf16's; right answers lost by the model that ships
   for model in demo /dev/shm/vlm-batch-7b; do
     python3 scripts/bench/fp8.py --model "$model" --rows "$([ "$model" = demo ] && echo 200 || echo 8)" \

@@ -42,33 +42,24 @@ def test_answers_survive(folder: Path, stage: str, call: int) -> None:
     assert engine.stats.num_out_of_memory == 1
 
 
-def test_a_row_that_never_fits_fails_alone(folder: Path) -> None:
+@pytest.mark.parametrize("stage", ["upload", "vision"])
+def test_a_row_that_never_fits_fails_alone(folder: Path, stage: str) -> None:
     bench = Bench.open(folder)
     requests = questions(bench)
     plain = outputs(bench.run(requests))
     engine = bench.engine()
     large = max(i.layout.num_tokens for r in requests for i in r.images)
-    _inject(engine, "vision", lambda _, args: any(x.num_tokens == large for x in args[1]))
-    found = bench.run(requests, engine)
-    failed = {k for k, c in found.items() if c.error is not None}
     expected = {r.key for r in requests if any(i.layout.num_tokens == large for i in r.images)}
-    assert failed == expected
-    assert all(found[k].output_ids == plain[k] for k in plain if k not in failed)
-
-
-def test_a_row_whose_images_cannot_be_copied_fails_alone(folder: Path) -> None:
-    bench = Bench.open(folder)
-    requests = questions(bench)
-    plain = outputs(bench.run(requests))
-    engine = bench.engine()
-    large = max(i.layout.num_tokens for r in requests for i in r.images)
-    bad = {r.key for r in requests if any(i.layout.num_tokens == large for i in r.images)}
-    shapes = {PIXELS[i.image.digest].shape for r in requests if r.key in bad for i in r.images}
-    _inject(engine, "upload", lambda _, args: any(i.shape in shapes for i in args[0]))
+    shapes = {PIXELS[i.image.digest].shape for r in requests if r.key in expected for i in r.images}
+    too_large = {
+        "upload": lambda _, args: any(x.shape in shapes for x in args[0]),
+        "vision": lambda _, args: any(x.num_tokens == large for x in args[1]),
+    }
+    _inject(engine, stage, too_large[stage])
     found = bench.run(requests, engine)
     codes = {k: c.error.code for k, c in found.items() if c.error is not None}
-    assert codes == dict.fromkeys(bad, "out_of_memory")
-    assert all(found[k].output_ids == plain[k] for k in plain if k not in bad)
+    assert codes == dict.fromkeys(expected, "out_of_memory")
+    assert all(found[k].output_ids == plain[k] for k in plain if k not in codes)
 
 
 def test_waiting_images_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.errors import UserError
 from pipeline.kernels.attention import dense_attention
 from pipeline.models.layers import MLP, LayerNorm, Linear
 from pipeline.models.loading import Weights
-from pipeline.models.vision.vit import PatchEmbed, VitConfig
+from pipeline.models.vision.vit import PatchEmbed, VitConfig, check_heads
 
 MULTIPLE = 8  # a tile's tokens are padded to it
 EPS = 1e-5  # of the norms around the two transformers
@@ -135,8 +134,7 @@ class MllamaTower:
 
     def __init__(self, weights: Weights, config: MllamaTowerConfig, name: str) -> None:
         c = self.config = config
-        if c.heads < 1 or c.size % c.heads:
-            raise UserError(f"{c.size} values of an image tower are no {c.heads} heads.")
+        check_heads(c.size, c.heads)
         self.embed = PatchEmbed(weights, c, f"{name}.patch_embedding", bias=False)
         self.leading = weights.take(f"{name}.class_embedding", (c.size,))
         self.positions = _Positions(weights, f"{name}.gated_positional_embedding", c)

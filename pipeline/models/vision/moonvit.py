@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.errors import UserError
 from pipeline.models.layers import LayerNorm, Linear
 from pipeline.models.loading import Weights
 from pipeline.models.vision.grids import Grid
 from pipeline.models.vision.plan import Planner
-from pipeline.models.vision.vit import BlockNames, Blocks, PatchEmbed, VitConfig
+from pipeline.models.vision.vit import BlockNames, Blocks, PatchEmbed, VitConfig, check_heads
 
 NAMES = BlockNames("blocks", "norm0", ("wqkv",), "wo", "norm1", ("mlp.fc0", "mlp.fc1"))
 THETA = 10000.0
@@ -30,10 +29,7 @@ class MoonVit:
         self, weights: Weights, config: VitConfig, table: tuple[int, int], merge: int, name: str
     ) -> None:
         c = self.config = config
-        if c.size % (4 * c.heads):
-            raise UserError(
-                "config.json: the width of a head of the image tower must be a multiple of 4"
-            )
+        check_heads(c.size, c.heads, multiple=4)
         self.merge = merge
         self.embed = PatchEmbed(weights, c, f"{name}.patch_embed.proj", bias=True)
         shape = (*table, c.size)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
 from pipeline.kernels.attention import AttentionPlan, plan_attention, varlen_attention
 from pipeline.kernels.rope import rotate
 from pipeline.kernels.transfer import upload
 from pipeline.models.layers import GatedMLP, Linear, RMSNorm
 from pipeline.models.loading import Weights
 from pipeline.models.vision.plan import KEPT_PLANS
+from pipeline.models.vision.vit import check_heads
 
 EPS = 1e-5
 Grid = tuple[int, int]  # rows and columns of patches
@@ -71,8 +71,7 @@ class PixtralTower:
 
     def __init__(self, weights: Weights, config: PixtralConfig, name: str = "vision_tower") -> None:
         c = self.config = config
-        if c.heads < 1 or c.size % (4 * c.heads):
-            raise UserError(f"{c.size} values of an image tower are no {c.heads} heads of fours.")
+        check_heads(c.size, c.heads, multiple=4)
         shape = (c.size, c.channels, c.patch, c.patch)
         self.embed = Linear(weights.take(f"{name}.patch_conv.weight", shape).flatten(1))
         self.norm = RMSNorm.take(weights, f"{name}.ln_pre", c.size, EPS)

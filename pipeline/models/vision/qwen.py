@@ -21,6 +21,7 @@ from pipeline.models.layers import MLP, GatedMLP, LayerNorm, Linear, RMSNorm
 from pipeline.models.loading import Weights
 from pipeline.models.vision.grids import Grid
 from pipeline.models.vision.plan import Planner, TowerPlan
+from pipeline.models.vision.vit import check_heads
 
 EPS = 1e-6
 Norm = LayerNorm | RMSNorm
@@ -51,8 +52,7 @@ class TowerConfig:
     merger_names: tuple[str, str, str] = ("ln_q", "mlp.0", "mlp.2")
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.size % (4 * self.heads):
-            raise ValueError(f"a tower of {self.size} values and {self.heads} heads")
+        check_heads(self.size, self.heads, multiple=4)
 
     @property
     def head_dim(self) -> int:

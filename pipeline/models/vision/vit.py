@@ -50,6 +50,13 @@ class VitConfig:
         return self.channels * self.patch**2
 
 
+def check_heads(size: int, heads: int, multiple: int = 1) -> None:
+    """Refuse a tower whose heads do not share its values evenly, by `multiple` values each."""
+    if heads < 1 or size % (multiple * heads):
+        width = "" if multiple == 1 else f" whose width is a multiple of {multiple}"
+        raise UserError(f"{size} values of an image tower are no {heads} heads{width}.")
+
+
 def vit_config(vision: Mapping[str, Any], depth: int | None = None) -> VitConfig:
     """Read a `vision_config` of transformers; `depth` where not all of its layers are run."""
     return VitConfig(
@@ -112,8 +119,7 @@ class Blocks:
         more: bool = True,
     ) -> None:  # fmt: skip
         self.config = config
-        if config.heads < 1 or config.size % config.heads:
-            raise UserError(f"{config.size} values of an image tower are no {config.heads} heads.")
+        check_heads(config.size, config.heads)
         stem = f"{name}.{names.blocks}"
         self.blocks = [
             _take_block(weights, f"{stem}.{i}", config, names) for i in range(config.depth)

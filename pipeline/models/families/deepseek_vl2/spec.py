@@ -15,6 +15,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.deepseek_sizes import text_sizes
 from pipeline.models.families.deepseek_vl2 import tiles
 from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.models.processor import mean_colour
 from pipeline.rows import ImageLayout
 from pipeline.settings import ModelSettings
 from pipeline.templates import deepseek_vl2
@@ -121,8 +122,7 @@ class DeepseekVL2(Family):
             raise UserError("processor_config.json: patches do not fit the tower and projector")
         self.tile_rows = -(-(self.side // patch) // ratio)
         mean = processor.get("image_mean") or (0.5, 0.5, 0.5)
-        red, green, blue = (int(value * 255) for value in mean)
-        self.background = (red, green, blue)
+        self.background = mean_colour(mean)
         std = processor.get("image_std") or (0.5, 0.5, 0.5)
         plain = not processor.get("normalize", True)
         self.image_mean = (0.0, 0.0, 0.0) if plain else tuple(mean)

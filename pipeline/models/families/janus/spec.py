@@ -20,6 +20,7 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
+from pipeline.models.processor import BICUBIC, CLIP_MEAN, CLIP_STD, mean_colour
 from pipeline.rows import ImageLayout, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import janus_pro
@@ -44,9 +45,6 @@ _LLAMA = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
 }
-_BICUBIC = 3  # as Pillow numbers filters
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -160,14 +158,13 @@ class Janus(Family):
                 f"preprocessor_config.json makes pictures of {self.image_side} pixels a side, "
                 f"the image tower takes {self.tower.side}."
             )
-        if processor.get("resample", _BICUBIC) != _BICUBIC:
+        if processor.get("resample", BICUBIC) != BICUBIC:
             raise UserError("preprocessor_config.json: only bicubic resizing is known")
         if not (processor.get("do_resize", True) and processor.get("do_pad", True)):
             raise UserError("preprocessor_config.json: pictures must be resized and padded")
         self.min_side = int(processor.get("min_size", 14))
-        mean = processor.get("image_mean", _CLIP_MEAN)
-        red, green, blue = (127, 127, 127) if mean is None else (int(v * 255) for v in mean)
-        self.background = (red, green, blue)
+        mean = processor.get("image_mean", CLIP_MEAN)
+        self.background = (127, 127, 127) if mean is None else mean_colour(mean)
         self.image_mean, self.image_std = _norm(processor)
 
     def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
@@ -188,7 +185,7 @@ class Janus(Family):
 
 def _norm(processor: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of pixels over 255, whatever factor the processor scales bytes by."""
-    mean, std = processor.get("image_mean", _CLIP_MEAN), processor.get("image_std", _CLIP_STD)
+    mean, std = processor.get("image_mean", CLIP_MEAN), processor.get("image_std", CLIP_STD)
     if not processor.get("do_normalize", True):
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0

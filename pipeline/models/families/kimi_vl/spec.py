@@ -14,6 +14,7 @@ from pipeline.errors import RowError, UserError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.deepseek_sizes import text_sizes
 from pipeline.models.family import Family, ModelSizes, default_sampling, end_tokens
+from pipeline.models.processor import CLIP_MEAN, CLIP_STD
 from pipeline.rows import ImageLayout, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import kimi_vl
@@ -57,8 +58,6 @@ _VISION = {
     "intermediate_size": 4304,
     "merge_kernel_size": (2, 2),
 }
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,8 +118,8 @@ class KimiVL(Family):
             raise UserError("preprocessor_config.json: patches do not fit the image tower")
         self.merge_size = int(rows)
         self.max_patches = int(processor.get("in_token_limit", 4096))
-        self.image_mean = tuple(processor.get("image_mean") or _CLIP_MEAN)
-        self.image_std = tuple(processor.get("image_std") or _CLIP_STD)
+        self.image_mean = tuple(processor.get("image_mean") or CLIP_MEAN)
+        self.image_std = tuple(processor.get("image_std") or CLIP_STD)
 
     def _limit(self, settings: ModelSettings) -> None:
         """`model.max_pixels` counts, as the processor's own limit does, before the padding."""

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.processor import BICUBIC, check_size, check_steps, refusal
+from pipeline.models.processor import BICUBIC, CLIP_MEAN, CLIP_STD, check_size, check_steps, refusal
 
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CLIP = (CLIP_MEAN, CLIP_STD)
 SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 

@@ -29,6 +29,7 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
+from pipeline.models.processor import mean_colour
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import chatml_llava, llava_llama_3, mistral, vicuna
@@ -75,8 +76,7 @@ class Llava(Family):
     def _read_processor(self, processor: Mapping[str, Any]) -> None:
         read = {} if self.config.original else processor
         self.image_mean, self.image_std = mean, _ = pictures.colours(read, self.config.tower.kind)
-        red, green, blue = (int(value * 255) for value in mean)
-        self.background = (red, green, blue)
+        self.background = mean_colour(mean)
 
     def layout(self, width: int, height: int, num_images: int = 1) -> ImageLayout:
         """One square picture, or a small one and the tiles of a large one."""

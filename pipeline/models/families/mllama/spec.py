@@ -19,14 +19,12 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
-from pipeline.models.processor import check_size, check_steps, refusal
+from pipeline.models.processor import CLIP_MEAN, CLIP_STD, check_size, check_steps, refusal
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import llama_3_vision
 from pipeline.templates.render import Piece
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)  # of a processor's file that does not say
 _FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _CROSS_LAYERS = (3, 8, 13, 18, 23, 28, 33, 38)
@@ -143,7 +141,7 @@ class Mllama(Family):
         tiles = processor.get("max_image_tiles") or self.max_tiles
         if tiles != self.max_tiles:
             raise refusal(checkpoint, "max_image_tiles", tiles)
-        mean, std = (_HALF, _HALF) if processor else (_CLIP_MEAN, _CLIP_STD)
+        mean, std = (_HALF, _HALF) if processor else (CLIP_MEAN, CLIP_STD)
         self.image_mean = tuple(processor.get("image_mean") or mean)
         self.image_std = tuple(processor.get("image_std") or std)
         self.filter = _FILTERS[processor.get("resample", 2)]

@@ -23,14 +23,20 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
-from pipeline.models.processor import BICUBIC, check_size, check_steps, refusal, sides
+from pipeline.models.processor import (
+    BICUBIC,
+    CLIP_MEAN,
+    CLIP_STD,
+    check_size,
+    check_steps,
+    refusal,
+    sides,
+)
 from pipeline.rows import ImageLayout, Turn, View
 from pipeline.settings import ModelSettings
 from pipeline.templates import mistral
 from pipeline.templates.render import Piece, render
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _DEFAULT_CONTEXT = 131_072
 _DEFAULT_LONGEST, _DEFAULT_PATCH = 1024, 16  # of a processor's file that does not say
 _LATER = ("llama_4_scaling", "moe", "q_lora_rank", "quantization", "rope_scaling", "yarn")
@@ -154,8 +160,8 @@ class Pixtral(Family):
             # A square image has this many pixels at most, and others fewer.
             limit = math.isqrt(settings.max_pixels) // self.tower.patch * self.tower.patch
             self.longest = min(self.longest, max(limit, self.tower.patch))
-        self.image_mean = tuple(processor.get("image_mean") or _CLIP_MEAN)
-        self.image_std = tuple(processor.get("image_std") or _CLIP_STD)
+        self.image_mean = tuple(processor.get("image_mean") or CLIP_MEAN)
+        self.image_std = tuple(processor.get("image_std") or CLIP_STD)
 
     def _read_image_tokens(self, checkpoint: Checkpoint) -> None:
         """Ids of an image's patches, of the end of a row and of the end of the image."""

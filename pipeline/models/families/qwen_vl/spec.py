@@ -22,7 +22,7 @@ from pipeline.models.family import (
     default_sampling,
     end_tokens,
 )
-from pipeline.models.processor import BICUBIC, check_steps
+from pipeline.models.processor import BICUBIC, CLIP_MEAN, CLIP_STD, check_steps
 from pipeline.rows import ImageLayout, PlacedImage, VideoInfo
 from pipeline.settings import ModelSettings, VideoSettings
 from pipeline.templates import qwen2_vl
@@ -60,8 +60,6 @@ _QWEN3_TEXT = {
     "max_position_embeddings": 128_000,
     "rms_norm_eps": 1e-6,
 }
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
 _QWEN3_SIZE = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
 
@@ -170,8 +168,8 @@ class QwenVL(Family):
         self.merge_size = int(processor.get("merge_size") or vision.get("spatial_merge_size", 2))
         temporal = processor.get("temporal_patch_size") or vision.get("temporal_patch_size", 2)
         self.temporal_patch_size = int(temporal)
-        self.image_mean = tuple(processor.get("image_mean") or (_HALF if halves else _CLIP_MEAN))
-        self.image_std = tuple(processor.get("image_std") or (_HALF if halves else _CLIP_STD))
+        self.image_mean = tuple(processor.get("image_mean") or (_HALF if halves else CLIP_MEAN))
+        self.image_std = tuple(processor.get("image_std") or (_HALF if halves else CLIP_STD))
         self.min_pixels = settings.min_pixels or int(
             processor.get("min_pixels")
             or size.get("shortest_edge")
