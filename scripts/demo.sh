@@ -10,6 +10,7 @@ bin=$1 out=$2
 echo
 "$bin/vlm-batch" show "$out" --limit 6
 echo
+"$bin/vlm-batch" report "$out" >/dev/null
 echo "Answers (Parquet): $out/data/"
-[ ! -e "$out/report.html" ] || echo "Report:            $out/report.html"
+echo "Report:            $out/report.html"
 echo "Run \`make demo\` again: it finds nothing left to do."
