@@ -19,6 +19,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.families.pixtral import spec
 from pipeline.models.families.pixtral.model import sized
 from pipeline.models.family import Family
+from pipeline.models.processor import CLIP_MEAN, CLIP_STD
 from pipeline.models.registry import family_for
 from pipeline.models.vision.vit import image_patches
 from pipeline.rows import Turn
@@ -121,7 +122,7 @@ def test_pixels_equal_mistrals(name: str, source: tuple[int, int]) -> None:
     expected = torch.from_numpy(load_file(FOLDER / "pixtral.safetensors")[name])
     height, width = expected.shape[1:]
     image = torch.from_numpy(random_image(*source))
-    mean, std = spec._CLIP_MEAN, spec._CLIP_STD
+    mean, std = CLIP_MEAN, CLIP_STD
     found = image_patches(sized(image, height, width)[None], 1, mean, std, torch.float32)[0]
     torch.testing.assert_close(
         found.view(height, width, 3).permute(2, 0, 1), expected, atol=1e-5, rtol=0
