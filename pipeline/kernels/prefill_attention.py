@@ -3,15 +3,17 @@
 A run sees all of its earlier segments (job prefix, group) and, causally, its last one, which its
 own tokens end. Tokens of one span (an image of Gemma) see each other; a sliding window cuts what
 lies too far back, and blocks wholly outside it are not read. Nothing is padded: a program takes one
-block of queries of one run and reads the keys in blocks counted from the sequence's start, wherever
-its segments part, so that what a token computes does not depend on how its sequence is shared.
+tile of queries of one run and reads the keys in blocks counted from the sequence's start, wherever
+its segments part, so that what a token computes does not depend on how its sequence is shared. A
+tile is many tokens of one head or, of a short run, few tokens of all heads that share their keys.
 Source: Dao, "FlashAttention-2" (2023), algorithm 1. Knows no sequence and no schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ BLOCK_KV = 64
 WIDE_BYTES = 164_000  # of shared memory, for heads of 256 values in blocks of BLOCK_KV keys
 MAX_SEGMENTS = 3
 TABLE_WIDTH = 4 + 2 * MAX_SEGMENTS - 1
+Tile = TypeVar("Tile", bound=tuple[int, ...])  # run, first query, …
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +85,31 @@ class PrefillPlan:
     blocks: Tensor | None = None
     table: Tensor | None = None
     ahead: Tensor | None = None
+    _tiles: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
+
+    def tiles(self, group: int) -> Tensor:
+        """int32 [N, 3] of run, first query, and which of the `group` heads that share keys.
+
+        -1: all of them, BLOCK_Q // group tokens. Made once a batch for all layers.
+        """
+        if group not in self._tiles:
+            assert self.table is not None
+            made = torch.tensor(_tiles(self.runs, group), dtype=torch.int32).view(-1, 3)
+            self._tiles[group] = to_device(made, self.table.device)
+        return self._tiles[group]
 
 
 def plan_prefill(runs: Sequence[Run], device: torch.device, triton_path: bool) -> PrefillPlan:
     """Lay out a batch's runs; made on the host, once a batch for all layers."""
     if not triton_path:
         return PrefillPlan(tuple(runs), tuple(_rectangles(runs, device)))
-    table, blocks = [], []
+    table: list[list[int]] = []
+    blocks: list[tuple[int, int]] = []
     for number, run in enumerate(runs):
         total = sum(length for _, length in run.segments)
         table.append([run.q_start, run.q_length, total - run.q_length, total, *_places(run)])
-        # long blocks first: the tail of the grid is then short work
-        blocks += [[number, q] for q in range(0, run.q_length, BLOCK_Q)]
-    blocks.sort(key=lambda b: -b[1])
+        blocks += [(number, q) for q in range(0, run.q_length, BLOCK_Q)]
+    blocks = _most_keys_first(runs, blocks)
     tables = [torch.tensor(x, dtype=torch.int32) for x in (blocks, table)]
     if any(run.spans for run in runs):
         ahead = torch.zeros(max(r.q_start + r.q_length for r in runs), dtype=torch.int32)
@@ -102,6 +117,23 @@ def plan_prefill(runs: Sequence[Run], device: torch.device, triton_path: bool) -
             ahead[run.q_start : run.q_start + run.q_length] = run.ahead()
         tables.append(ahead)
     return PrefillPlan(tuple(runs), (), *(to_device(t, device) for t in tables))
+
+
+def _tiles(runs: Sequence[Run], group: int) -> list[tuple[int, int, int]]:
+    """As `PrefillPlan.tiles`. A run is packed where that saves an eighth of its tiles."""
+    found: list[tuple[int, int, int]] = []
+    together = BLOCK_Q // group
+    for number, run in enumerate(runs):
+        plain = [(number, q, i) for q in range(0, run.q_length, BLOCK_Q) for i in range(group)]
+        packed = [(number, q, -1) for q in range(0, run.q_length, together or run.q_length)]
+        found += packed if together and 8 * len(packed) <= 7 * len(plain) else plain
+    return _most_keys_first(runs, found)
+
+
+def _most_keys_first(runs: Sequence[Run], tiles: list[Tile]) -> list[Tile]:
+    """In the order in which the grid should take them: its tail is then short work."""
+    earlier = [sum(length for _, length in run.segments) - run.q_length for run in runs]
+    return sorted(tiles, key=lambda tile: -(earlier[tile[0]] + tile[1]))
 
 
 def _places(run: Run) -> list[int]:
@@ -195,26 +227,33 @@ def _take_block(
 
 @triton.jit
 def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, table_ptr, ahead_ptr, head_stride, q_stride, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, tiles_ptr, table_ptr, ahead_ptr, head_stride, q_stride, scale,
     HQ: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    block = tl.program_id(1)
-    first = tl.load(blocks_ptr + block * 2 + 1)
-    entry = table_ptr + tl.load(blocks_ptr + block * 2) * WIDTH
+    kv_head = tl.program_id(0)
+    tile = tiles_ptr + tl.program_id(1) * 3
+    first = tl.load(tile + 1)
+    which = tl.load(tile + 2)
+    entry = table_ptr + tl.load(tile) * WIDTH
     q_start = tl.load(entry)
     q_length = tl.load(entry + 1)
     position = tl.load(entry + 2)
     total = tl.load(entry + 3)
-    row = first + tl.arange(0, BLOCK_M)
+    # NOTE: where GROUP does not divide BLOCK_M, lines of a packed tile are left over; they repeat
+    # its last token, so that no key is read for them alone.
+    PACKED: tl.constexpr = max(1, BLOCK_M // GROUP)
+    line = tl.arange(0, BLOCK_M)
+    row = first + tl.where(which < 0, tl.minimum(line // GROUP, PACKED - 1), line)
+    head = kv_head * GROUP + tl.where(which < 0, line % GROUP, which)
+    here = (row < q_length) & (line < tl.where(which < 0, PACKED * GROUP, BLOCK_M))
     channel = tl.arange(0, BLOCK_D)
-    q_mask = (row[:, None] < q_length) & (channel[None, :] < DIM)
-    q_offset = (q_start + row[:, None]).to(tl.int64) * q_stride + head * DIM + channel[None, :]
-    q = tl.load(q_ptr + q_offset, mask=q_mask, other=0.0)
-    k_rows = k_ptr + (head // GROUP).to(tl.int64) * head_stride
-    v_rows = v_ptr + (head // GROUP).to(tl.int64) * head_stride
+    q_mask = here[:, None] & (channel[None, :] < DIM)
+    q_offset = (q_start + row).to(tl.int64)[:, None] * q_stride + head[:, None] * DIM
+    q = tl.load(q_ptr + q_offset + channel[None, :], mask=q_mask, other=0.0)
+    k_rows = k_ptr + kv_head.to(tl.int64) * head_stride
+    v_rows = v_ptr + kv_head.to(tl.int64) * head_stride
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -245,7 +284,8 @@ def _prefill_kernel(
             DIM, BLOCK_D, BLOCK_N, SOFTCAP, True,
         )  # fmt: skip
     out = acc / tl.where(norm > 0, norm, 1.0)[:, None]
-    out_offset = (q_start + row[:, None]).to(tl.int64) * HQ * DIM + head * DIM + channel[None, :]
+    out_row = (q_start + row).to(tl.int64) * HQ + head
+    out_offset = out_row[:, None] * DIM + channel[None, :]
     tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
@@ -258,17 +298,17 @@ def _prefill_triton(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    assert plan.blocks is not None
-    assert plan.table is not None
     num_heads, dim = q.shape[1:]
+    group = num_heads // k.shape[0]
+    tiles = plan.tiles(group)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     block_d = max(16, next_power_of_2(dim))
     keys, stages = BLOCK_KV, 3
     if block_d > 128:
         keys, stages = (BLOCK_KV, 2) if shared_memory(q.device) >= WIDE_BYTES else (32, 1)
-    _prefill_kernel[(num_heads, len(plan.blocks))](
-        q, k, v, out, plan.blocks, plan.table, plan.ahead, k.stride(0), q.stride(0), scale,
-        HQ=num_heads, GROUP=num_heads // k.shape[0], DIM=dim, WIDTH=TABLE_WIDTH,
+    _prefill_kernel[(k.shape[0], len(tiles))](
+        q, k, v, out, tiles, plan.table, plan.ahead, k.stride(0), q.stride(0), scale,
+        HQ=num_heads, GROUP=group, DIM=dim, WIDTH=TABLE_WIDTH,
         BLOCK_D=block_d, BLOCK_M=BLOCK_Q, BLOCK_N=keys, WINDOW=window or 0,
         SOFTCAP=softcap or 0.0, SPANS=plan.ahead is not None,
         num_warps=4 if block_d <= 128 else 8, num_stages=stages,

@@ -26,7 +26,7 @@ from pipeline.kernels import (  # noqa: E402
 BLOCK_BYTES = {80: 166_912, 89: 101_376, 90: 232_448}  # of compute capabilities, ten times
 HALF = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "out_ptr": "*bf16"}
 PREFILL = HALF | {
-    "blocks_ptr": "*i32", "table_ptr": "*i32", "ahead_ptr": "*i32", "head_stride": "i64",
+    "tiles_ptr": "*i32", "table_ptr": "*i32", "ahead_ptr": "*i32", "head_stride": "i64",
     "q_stride": "i32", "scale": "fp32",
 }  # fmt: skip
 DECODE = HALF | {

@@ -211,3 +211,43 @@ def test_advance(step: int) -> None:
     ]  # fmt: skip
     for name, value in vars(one).items():
         assert torch.equal(value, getattr(other, name)), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("heads", [(28, 4), (8, 8), (12, 4), (130, 2)])
+def test_prefill_of_short_runs(heads: tuple[int, int]) -> None:
+    """Tiles of all heads that share keys, beside tiles of one head, in one batch."""
+    torch.manual_seed(0)
+    num_heads, shared = heads
+    k, v = torch.randn(2, shared, 400, 16, device=DEVICE)
+    runs = [
+        Run(0, 12, ((1, 90), (100, 60), (300, 12))),
+        Run(12, 1, ((1, 90), (312, 1))),
+        Run(13, 64, ((200, 64),), spans=((3, 30), (50, 9))),
+        Run(77, 5, ((1, 90), (320, 5)), spans=((0, 4),)),
+    ]
+    q = torch.randn(82, num_heads, 16, device=DEVICE)
+    plan = plan_prefill(runs, q.device, True)
+    tiles = plan.tiles(num_heads // shared)
+    packed = {int(t[0]) for t in tiles if t[2] < 0}
+    assert packed == ({0, 1, 3} if 1 < num_heads // shared <= 64 else set())
+    for window in (None, 20):
+        found = prefill_attention(q, k, v, plan, 0.2, window)
+        expected = prefill_attention(q, k, v, plan_prefill(runs, q.device, False), 0.2, window)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 64, 65])
+def test_tiles_cover_each_query_of_each_head_once(group: int) -> None:
+    from pipeline.kernels.prefill_attention import BLOCK_Q
+
+    runs = [Run(0, n, ((0, n),)) for n in (1, 5, 9, 10, 63, 64, 65, 100, 1010)]
+    seen = []
+    for run, first, which in plan_prefill(runs, torch.device("cpu"), True).tiles(group).tolist():
+        tokens, heads = (BLOCK_Q // group, range(group)) if which < 0 else (BLOCK_Q, [which])
+        stop = min(first + tokens, runs[run].q_length)
+        seen += [(run, token, head) for token in range(first, stop) for head in heads]
+    expected = [
+        (r, t, h) for r, x in enumerate(runs) for t in range(x.q_length) for h in range(group)
+    ]
+    assert sorted(seen) == expected
