@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,7 @@ FIRST_WINDOW = 64  # requests planned together at first, so that the device has 
 WINDOW_GROWTH = 8
 WINDOW_REQUESTS = 16_384  # planned together at most
 MAX_WORKERS = 16
+TURN_SEC = 1e-4  # of a Python thread while another waits; 5 ms by default
 
 
 class Labeller:
@@ -78,6 +80,10 @@ class Labeller:
 
         `shards` is pulled when the engine runs low, so shards may overlap.
         """
+        # NOTE: the engine's thread gives up its turn with every kernel that it asks for. While rows
+        # are prepared beside it, each would cost it 5 ms, and the device would run out of work.
+        turn_before = sys.getswitchinterval()
+        sys.setswitchinterval(TURN_SEC)
         feed = self.feeder.feed(self._items(shards))
         try:
             for completion in self.engine.run(feed):
@@ -87,6 +93,7 @@ class Labeller:
             yield from self._take_early()
         finally:
             feed.close()
+            sys.setswitchinterval(turn_before)
 
     def drain(self) -> None:
         """Stop admitting; `label` ends when what decodes now has ended."""

@@ -83,14 +83,14 @@ class Slots(LaneState):
         self.stop_ids[lanes] = table[:, cut:]
         for number, column in enumerate((self.temperature, self.top_p, self.min_p, self.penalty)):
             column[lanes] = ratios[:, number]
-        self.generated[lanes] = 0
-        self.status[lanes] = RUNNING
+        # NOTE: `x[lanes] = 0` would copy the number from unpinned memory and wait for the device.
+        self.generated.index_fill_(0, lanes, 0)
+        self.status.index_fill_(0, lanes, RUNNING)
         return lanes
 
     def give_back(self, lanes: Sequence[int]) -> None:
         """Idle lanes that the host ended (a stop string, a failed schema)."""
         rows = to_device(torch.tensor(list(lanes), dtype=torch.int64), self.device)
-        self.status[rows] = IDLE
-        self.places[rows] = 0
-        self.positions[rows] = 0
-        self.segments[rows] = 0
+        self.status.index_fill_(0, rows, IDLE)
+        for state in (self.places, self.positions, self.segments):
+            state.index_fill_(0, rows, 0)

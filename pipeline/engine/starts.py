@@ -49,11 +49,11 @@ class Starter:
             for s in sequences:
                 tokens = torch.from_numpy(s.request.tokens.astype("int64"))
                 tokens = tokens[tokens < vocab]  # an image token may lie beyond the head's
-                slots.seen[s.lane] = False
-                slots.seen[s.lane, to_device(tokens, device)] = True
+                seen = slots.seen[s.lane].fill_(False)
+                seen.index_fill_(0, to_device(tokens, device), True)
         elif slots.seen is not None:
-            lanes = torch.tensor([s.lane for s in sequences], device=device)
-            slots.seen[lanes] = False
+            lanes = torch.tensor([s.lane for s in sequences])
+            slots.seen.index_fill_(0, to_device(lanes, device), False)
         if mode.guided and slots.allowed is None:
             shape = (slots.num_slots + 1, -(-vocab // 32))
             slots.allowed = torch.full(shape, -1, dtype=torch.int32, device=device)
@@ -61,7 +61,10 @@ class Starter:
             for s in sequences:
                 self.outcomes.begin(s)
                 mask = self.outcomes.mask(s)
-                slots.allowed[s.lane] = -1 if mask is None else mask.to(device)
+                if mask is None:
+                    slots.allowed[s.lane].fill_(-1)
+                else:
+                    slots.allowed[s.lane] = to_device(mask, device)
 
 
 def _lane_start(sequence: Sequence) -> LaneStart:
