@@ -92,6 +92,7 @@ class Engine:
         None comes now and then while there is nothing to do, so that the caller has its turn.
         """
         self._fed = True
+        self.timer.begin()
         while True:
             starved = self._receive(feed)
             pieces = [] if self.draining else self.scheduler.next_batch(self._flushing())
@@ -160,8 +161,7 @@ class Engine:
         return self.scheduler.num_waiting_bytes >= MOST_PIXEL_BYTES
 
     def _add(self, fed: Any) -> None:
-        with self.timer.host("upload"):
-            uploaded = self._upload(fed.images)
+        uploaded = self._upload(fed.images)
         fed.release()
         pixels = [_Pixels(uploaded, i) for i in uploaded.images]
         values = [p.image if isinstance(p.image, RowError) else p for p in pixels]

@@ -7,7 +7,7 @@ request.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,12 +42,23 @@ class EngineStats:
 
 
 class StageTimer:
-    """Adds each stage's time to `EngineStats.seconds` without making the device wait."""
+    """Adds each stage's time to `EngineStats.seconds` without making the device wait.
+
+    On a GPU, "idle" is the time between two stages: the device had been asked for nothing.
+    """
 
     def __init__(self, stats: EngineStats, device: torch.device) -> None:
         self.stats = stats
         self.cuda = device.type == "cuda"
-        self._open: list[tuple[str, Any, Any]] = []
+        self._open: deque[tuple[str, Any, Any]] = deque()
+        self._ended: Any = None  # when the device ended its last stage that was read
+
+    def begin(self) -> None:
+        """A run begins: what the device does not do from now on is idle time."""
+        if self.cuda:
+            self.settle(wait=True)  # of a run that was left
+            self._ended = torch.cuda.Event(enable_timing=True)
+            self._ended.record()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -72,7 +83,9 @@ class StageTimer:
     def settle(self, wait: bool = False) -> None:
         """Read the stages that the device has finished."""
         while self._open and (wait or self._open[0][2].query()):
-            name, begin, end = self._open.pop(0)
+            name, begin, end = self._open.popleft()
             if wait:
                 end.synchronize()
+            self.stats.seconds["idle"] += self._ended.elapsed_time(begin) / 1000
             self.stats.seconds[name] += begin.elapsed_time(end) / 1000
+            self._ended = end

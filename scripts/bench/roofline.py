@@ -14,7 +14,7 @@ from scripts.bench.limits import Shapes, Work
 from scripts.bench.measure import Repetition
 
 COMPUTED = ("vision", "prefill", "decode")
-WAITS = ("feed_wait", "upload")
+WAITS = ("feed_wait", "idle")  # "idle" without the waits for images
 
 
 def stages(
@@ -25,6 +25,7 @@ def stages(
         work, shapes.decoder_values * weight_bytes_per_value, _least_steps(rep)
     )
     taken = {name: _taken(rep, name) for name in (*COMPUTED, *WAITS)}
+    taken["idle"] = max(0.0, taken["idle"] - taken["feed_wait"])
     taken["other"] = max(0.0, rep.seconds - sum(taken.values()))
     table = {
         name: {"least_s": round(least.get(name, 0.0), 3), "took_s": round(seconds, 3)}
