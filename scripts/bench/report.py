@@ -21,6 +21,7 @@ KINDS = {
     "prefix": "prefix: 2,083 shared tokens, 64 out",
 }
 ONE_SESSION = timedelta(hours=1)
+APART = "†"  # marks a ratio to vLLM's rate of another session
 Row = dict[str, Any]
 
 
@@ -34,13 +35,17 @@ def latest(name: str, **wanted: Any) -> Row | None:
 
     Quantization is none and the cache in the model's type unless named.
     """
+    fit = _fitting(name, **wanted)
+    return fit[-1] if fit else None
+
+
+def _fitting(name: str, **wanted: Any) -> list[Row]:
     wanted = {"quantization": "none", "kv_cache": "auto"} | wanted
-    fit = [
+    return [
         row
         for row in _rows()
         if row["name"] == name and all(_field(row, k) == v for k, v in wanted.items())
     ]
-    return fit[-1] if fit else None
 
 
 def _field(row: Row, name: str) -> Any:
@@ -106,7 +111,7 @@ def _notes() -> list[str]:
             f"One {row['device']}, random Qwen2.5-VL-7B weights, {row['rows']} rows, "
             f"{_repetitions()} timed repetitions a cell, {row['date'][:10]}. Rates are their "
             "medians; ratios are medians over paired repetitions, not quotients of the columns."
-            + _apart(row)
+            + _apart_note()
         )
     if row := latest("check"):
         notes.append(
@@ -145,31 +150,50 @@ def _notes() -> list[str]:
     return [f"- {note}" for note in notes]
 
 
-def _apart(row: Row) -> str:
-    """Whether vLLM had the card at another time than this row."""
+def _apart(row: Row) -> bool:
+    """Whether vLLM had the same rows on such a card in another session."""
     theirs = (row.get("vllm") or {}).get("date", row["date"])
-    apart = abs(datetime.fromisoformat(row["date"]) - datetime.fromisoformat(theirs))
-    if apart < ONE_SESSION:
+    return _time_between(row["date"], theirs) >= ONE_SESSION
+
+
+def _time_between(one: str, other: str) -> timedelta:
+    return abs(datetime.fromisoformat(one) - datetime.fromisoformat(other))
+
+
+def _apart_note() -> str:
+    if not any(map(_apart, _cells())):
         return ""
-    return f" vLLM had the same rows on such a card in another session ({theirs})."
+    return f" {APART} vLLM had the same rows on such a card in another session."
+
+
+def _cells() -> list[Row]:
+    """Our rows in the table."""
+    kinds = (on_gpu, partial(on_gpu, quantization="fp8"), whole_fp8)
+    return [row for work in workloads.NAMES for kind in kinds if (row := kind(work))]
 
 
 def _repetitions() -> str:
     """How often the table's own cells were timed, from the least to the most."""
-    kinds = (on_gpu, partial(on_gpu, quantization="fp8"), whole_fp8)
-    shown = [kind(work) for work in workloads.NAMES for kind in kinds]
-    counts = sorted({len(row["seconds"]) for row in shown if row})
+    counts = sorted({len(row["seconds"]) for row in _cells()})
     return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _deterministic_notes() -> list[str]:
     kept = []
     for work in ("caption", "mixed"):
-        row, plain = latest("deterministic", work=work), on_gpu(work)
+        row = latest("deterministic", work=work)
+        plain = [p for p in _fitting(f"{work}/labeller", model="random 7b") if _known(row, p)]
         if row and plain:
-            share = row["rows_per_s"]["p50"] / plain["rows_per_s"]["p50"]
+            beside = plain[-1]
+            share = row["rows_per_s"]["p50"] / beside["rows_per_s"]["p50"]
             kept.append(f"{share:.0%} of the rate of {work}")
     return [f"`engine.deterministic: true` keeps {', '.join(kept)}."] if kept else []
+
+
+def _known(row: Row | None, plain: Row) -> bool:
+    """Whether `plain` had been measured when `row` was; a later engine may be quicker."""
+    known = datetime.fromisoformat(plain["date"]) - ONE_SESSION
+    return row is not None and known <= datetime.fromisoformat(row["date"])
 
 
 def _family_notes() -> list[str]:
@@ -206,7 +230,9 @@ def _fp8_note(row: Row, what: str) -> str:
 
 def _beside(row: Row | None) -> str:
     """Our rate, and how many times vLLM's in bf16 on the same rows."""
-    return f"{_rate(row)} ({row['vllm']['ratio']:.2f} ×)" if row and "vllm" in row else _rate(row)
+    if row is None or "vllm" not in row:
+        return _rate(row)
+    return f"{_rate(row)} ({row['vllm']['ratio']:.2f} ×{APART if _apart(row) else ''})"
 
 
 def _rate(row: Row | None) -> str:

@@ -32,11 +32,12 @@ def _row(work: str, rate: float, quantization: str = "none", **more: object) -> 
 @pytest.fixture
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     peer = {"version": "0.23.0", "rows_per_s": {"p50": 18.0}, "ratio": 1.75}
+    earlier = peer | {"date": "2025-12-31 00:00"}
     made = [
         _row("caption", 1.0),
         _row("caption", 31.5, vllm=peer),
         _row("caption", 45.0, "fp8"),
-        _row("vqa", 200.0),
+        _row("vqa", 200.0, vllm=earlier),
         _row("caption", 70.0, model="random 3b"),
         _row("caption", 99.0, device="AMD", driver=None) | {"name": "other"},
     ]
@@ -53,6 +54,8 @@ def test_the_table_takes_the_latest_rows(rows: None) -> None:
     assert [cell.strip() for cell in caption.split("|")[2:-1]] == [
         "18.0", "31.5 (1.75 ×)", "50%", "45.0", "–",
     ]  # fmt: skip
+    assert f"200 (1.75 \u00d7{report.APART})" in report.table()
+    assert f"{report.APART} vLLM had the same rows on such a card" in report.table()
     assert "3B shapes: 70.0" in report.table()
     assert "1.75 × vLLM 0.23.0" in report.measured()
 
