@@ -14,6 +14,7 @@ import pyarrow as pa
 from jobs.events import read_events
 from jobs.manifest import require_manifest
 from jobs.paths import RunPaths
+from jobs.report.time_spent import time_spent
 from jobs.show import failures, rows, tables
 from jobs.status import read_status
 
@@ -71,6 +72,7 @@ def collect(path: str) -> dict[str, Any]:
         "failures": [vars(failure) for failure in failures(path)],
         "samples": list(rows(path, limit=NUM_SAMPLES)),
         "commits": commits(paths),
+        "time": time_spent(read_events(paths)),
     }
 
 

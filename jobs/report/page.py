@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 from jobs.progress import format_seconds
+from jobs.report.time_spent import COMPUTED, LOST
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
@@ -36,6 +37,7 @@ def render(numbers: dict[str, Any]) -> str:
         _section("Prompts", _prompts(numbers["prompts"])),
         _section("Failures", _failures(numbers["failures"])),
         _section("Rows committed over time", _curve(numbers["commits"])),
+        _section("Where the time went", _time(numbers["time"])),
         _section("First rows", _samples(numbers["samples"])),
         _section("Config", f"<pre>{escape(json.dumps(numbers['config'], indent=2))}</pre>"),
         _section("Made with", _packages(numbers["packages"])),
@@ -112,6 +114,30 @@ def _curve(points: list[tuple[float, int]]) -> str:
         f'stroke="#2da44e" stroke-width="2"/></svg>'
         f"<p>{total:,} rows in {format_seconds(seconds)} of work.</p>"
     )
+
+
+def _time(time: dict[str, Any] | None) -> str:
+    if time is None:
+        return ""
+    named = {COMPUTED.get(name) or LOST[name]: s for name, s in time["stages"].items()}
+    named["loading the model, planning, committing"] = time["else"]
+    total = max(time["seconds"], 1e-3)
+    rows = [(what, f"{s:,.1f}", f"{s / total:.1%}") for what, s in named.items()]
+    loss = time["largest_loss"]
+    words = [
+        f"Largest loss: {loss['what']}, {loss['seconds']:,.1f} s, {loss['share']:.1%} of the"
+        " engine's time."
+    ]
+    shares = {
+        "lanes_full": "Lanes full", "padding_share": "padding", "cached_share": "prompt cached",
+    }  # fmt: skip
+    told = [f"{word} {time[k]:.1%}" for k, word in shares.items() if time[k] is not None]
+    if told:
+        words.append(f"{', '.join(told)}.")
+    if time["out_of_memory"]:
+        words.append(f"The device's memory ran out {time['out_of_memory']:,} times.")
+    table = _table(("", "seconds, all workers", "share"), rows)
+    return f"{table}<p>{escape(' '.join(words))}</p>"
 
 
 def _packages(packages: dict[str, str]) -> str:
