@@ -11,7 +11,7 @@ from jobs.commands.common import emit, json_option
 @click.argument("path")
 @json_option
 def command(path: str, as_json: bool) -> None:
-    """Write report.html into the run folder PATH: counts, tokens, failures, first rows."""
+    """Write report.html into the run folder PATH: counts, tokens, time, failures, first rows."""
     from jobs.paths import RunPaths
     from jobs.report.numbers import collect
     from jobs.report.page import render

@@ -237,10 +237,8 @@ def _prefill_kernel(
     first = tl.load(tile + 1)
     which = tl.load(tile + 2)
     entry = table_ptr + tl.load(tile) * WIDTH
-    q_start = tl.load(entry)
-    q_length = tl.load(entry + 1)
-    position = tl.load(entry + 2)
-    total = tl.load(entry + 3)
+    q_start, q_length = tl.load(entry), tl.load(entry + 1)
+    position, total = tl.load(entry + 2), tl.load(entry + 3)
     # NOTE: where GROUP does not divide BLOCK_M, lines of a packed tile are left over; they repeat
     # its last token, so that no key is read for them alone.
     PACKED: tl.constexpr = max(1, BLOCK_M // GROUP)
