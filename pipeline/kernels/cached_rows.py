@@ -31,10 +31,19 @@ def take_rows(rows: CachedRows, index: Tensor, dtype: torch.dtype) -> Tensor:
     """`rows` at `index` [n] in plain numbers [Hk, n, D]."""
     values, scale = parts(rows)
     if scale is None:
-        # NOTE: index_select copies whole rows; indexing with a tensor takes five times as long.
-        return values.index_select(1, index)
-    picked = values.view(torch.uint8).index_select(1, index).view(FP8)
-    return (picked.float() * scale.index_select(1, index)).to(dtype)
+        return _select(values, index)
+    picked = _select(values.view(torch.uint8), index).view(FP8)
+    return (picked.float() * _select(scale, index)).to(dtype)
+
+
+def _select(values: Tensor, index: Tensor) -> Tensor:
+    """`values` [Hk, N, D] at `index` [n]: [Hk, n, D]."""
+    # NOTE: index_select copies whole rows; indexing with a tensor takes five times as long. Along
+    # another dimension than the first it runs in one thread.
+    found = values.new_empty(len(values), len(index), values.shape[2])
+    for head, out in zip(values, found, strict=True):
+        torch.index_select(head, 0, index, out=out)
+    return found
 
 
 def put_rows(rows: CachedRows, places: Tensor, new: Tensor) -> None:
