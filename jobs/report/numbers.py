@@ -6,6 +6,7 @@ Reads part by part; keeps token counts as a histogram, never rows.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,7 @@ def collect(path: str) -> dict[str, Any]:
     """Everything that the page shows. Raises: UserError."""
     paths = RunPaths(path)
     manifest = require_manifest(paths)
+    events = list(read_events(paths))
     prompts: dict[str, PromptNumbers] = {}
     for _, table in tables(paths, ["meta"]):
         for kind in table.schema.field("meta").type:
@@ -71,19 +73,19 @@ def collect(path: str) -> dict[str, Any]:
         "prompts": {name: numbers.as_dict() for name, numbers in prompts.items()},
         "failures": [vars(failure) for failure in failures(path)],
         "samples": list(rows(path, limit=NUM_SAMPLES)),
-        "commits": commits(paths),
-        "time": time_spent(read_events(paths)),
+        "commits": commits(events),
+        "time": time_spent(events),
     }
 
 
-def commits(paths: RunPaths) -> list[tuple[float, int]]:
+def commits(events: Iterable[dict[str, Any]]) -> list[tuple[float, int]]:
     """Seconds of work since the first start, rows committed by then; pauses between runs cut out.
 
     At most `NUM_POINTS` points.
     """
     points: list[tuple[float, int]] = []
     total, worked, last = 0, 0.0, None
-    for event in read_events(paths):
+    for event in events:
         if event.get("kind") == "start":
             last = event["time"]
         elif event.get("kind") == "commit" and event.get("won") and last is not None:

@@ -119,7 +119,7 @@ def _curve(points: list[tuple[float, int]]) -> str:
 def _time(time: dict[str, Any] | None) -> str:
     if time is None:
         return ""
-    named = {COMPUTED.get(name) or LOST[name]: s for name, s in time["stages"].items()}
+    named = {(COMPUTED | LOST)[name]: s for name, s in time["stages"].items()}
     named["loading the model, planning, committing"] = time["else"]
     total = max(time["seconds"], 1e-3)
     rows = [(what, f"{s:,.1f}", f"{s / total:.1%}") for what, s in named.items()]

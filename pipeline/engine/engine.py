@@ -103,7 +103,9 @@ class Engine:
             elif not self.running and self.scheduler.waiting and not self.draining:
                 self.scheduler.reject_stuck()
             self.scheduler.batch_has_run()
-            waits = bool(pieces) and self._waits_to_decode(feed)
+            if pieces and self.running:
+                self._receive(feed)  # what has come while the batch was asked for
+            waits = bool(pieces) and self._waits_to_decode()
             ahead = waits or self._step()
             late = self.settings.overlap and not self._mode.guided and self.running
             yield from self._collect(1 if ahead and late else 0)
@@ -117,15 +119,13 @@ class Engine:
         """Whether a small batch is worth it, as nothing more comes or nothing runs."""
         return not self._fed or not self.running or self._full_of_pixels()
 
-    def _waits_to_decode(self, feed: Feed) -> bool:
+    def _waits_to_decode(self) -> bool:
         """Whether the next batch goes first: a step costs about the same however few lanes run.
 
         Rows that end with their first token leave their lanes free, so the wait is bounded.
         """
-        if not self.running or self._num_started >= self.slots.num_slots:
-            return False
-        self._receive(feed)  # more may have come while the last batch was asked for
-        return self.scheduler.has_batch(self._flushing())
+        bounded = self._num_started < self.slots.num_slots
+        return bounded and self.scheduler.has_batch(self._flushing())
 
     def _idle(self) -> bool:
         return not (self._fed or self.scheduler.waiting or self._steps)

@@ -59,7 +59,7 @@ def mla_decode_reference(
 
 def mla_prefill(q: Tensor, cache: Tensor, plan: PrefillPlan, scale: float, rope: int) -> Tensor:
     """Packed runs: `q` [T, H, D] over `cache` [N, D] -> [T, H, D - rope]."""
-    if plan.blocks is not None:
+    if plan.table is not None:
         return _prefill_triton(q, cache, plan, scale, rope)
     return mla_prefill_reference(q, cache, plan, scale, rope)
 
@@ -152,20 +152,20 @@ def _decode_triton(q: Tensor, cache: Tensor, plan: DecodePlan, scale: float, rop
 
 @triton.jit
 def _prefill_kernel(
-    q_ptr, cache_ptr, out_ptr, blocks_ptr, table_ptr, scale, q_stride,
+    q_ptr, cache_ptr, out_ptr, tiles_ptr, table_ptr, scale, q_stride,
     NUM_HEADS: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
-    PER_BLOCK: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    PER_TILE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: TOKENS queries of one run, ROWS heads of each."""
-    block = tl.program_id(0) // PER_BLOCK
-    run = tl.load(blocks_ptr + block * 2)
-    first = tl.load(blocks_ptr + block * 2 + 1) + tl.program_id(0) % PER_BLOCK * TOKENS
+    tile = tiles_ptr + tl.program_id(0) // PER_TILE * 3
+    run = tl.load(tile)
+    first = tl.load(tile + 1) + tl.program_id(0) % PER_TILE * TOKENS
     DIM: tl.constexpr = ROPE + RANK
     entry = table_ptr + run * WIDTH
     q_start = tl.load(entry)
     q_length = tl.load(entry + 1)
-    if first >= q_length:  # the run's last block may hold fewer queries
+    if first >= q_length:  # the run's last tile may hold fewer queries
         return
     position = tl.load(entry + 2)
     pair = tl.arange(0, TOKENS * ROWS)
@@ -203,8 +203,6 @@ def _prefill_kernel(
 
 
 def _prefill_triton(q: Tensor, cache: Tensor, plan: PrefillPlan, scale: float, rope: int) -> Tensor:
-    assert plan.blocks is not None
-    assert plan.table is not None
     num_tokens, heads, dim = q.shape
     rank = dim - rope
     if q.stride(1) != dim or q.stride(2) != 1:
@@ -212,10 +210,11 @@ def _prefill_triton(q: Tensor, cache: Tensor, plan: PrefillPlan, scale: float, r
     out = torch.empty(num_tokens, heads, rank, dtype=q.dtype, device=q.device)
     wide = q.element_size() > 2  # float32 fills the shared memory sooner
     together = 1 if wide else TOKENS
-    per_block = BLOCK_Q // together
-    _prefill_kernel[(len(plan.blocks) * per_block, triton.cdiv(heads, HEADS))](
-        q, cache, out, plan.blocks, plan.table, scale, q.stride(0),
-        NUM_HEADS=heads, ROPE=rope, RANK=rank, WIDTH=TABLE_WIDTH, PER_BLOCK=per_block,
+    per_tile = BLOCK_Q // together
+    tiles = plan.tiles(1)  # of one head, so that none is packed
+    _prefill_kernel[(len(tiles) * per_tile, triton.cdiv(heads, HEADS))](
+        q, cache, out, tiles, plan.table, scale, q.stride(0),
+        NUM_HEADS=heads, ROPE=rope, RANK=rank, WIDTH=TABLE_WIDTH, PER_TILE=per_tile,
         TOKENS=together, ROWS=HEADS, BLOCK_R=max(16, next_power_of_2(rope)),
         BLOCK_L=max(16, next_power_of_2(rank)), BLOCK_N=16 if wide else BLOCK_KV,
         num_warps=4 if wide else 8, num_stages=1 if wide else 2,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +28,6 @@ BLOCK_KV = 64
 WIDE_BYTES = 164_000  # of shared memory, for heads of 256 values in blocks of BLOCK_KV keys
 MAX_SEGMENTS = 3
 TABLE_WIDTH = 4 + 2 * MAX_SEGMENTS - 1
-Tile = TypeVar("Tile", bound=tuple[int, ...])  # run, first query, …
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +71,15 @@ class Rectangle:
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
-    """The runs of one batch; on a GPU also their blocks.
+    """The runs of one batch; for kernels also their tables.
 
-    `blocks` [B, 2] int32: run, first query. `table` [R, 9] int32: q_start, q_length, the number of
-    keys before the run's own and with them, then what `key_places` needs. `ahead` [T] int32 where a
-    run has spans: how many later keys a query sees.
+    `table` [R, 9] int32: q_start, q_length, the number of keys before the run's own and with them,
+    then what `key_places` needs. `ahead` [T] int32 where a run has spans: how many later keys a
+    query sees.
     """
 
     runs: tuple[Run, ...]
     rectangles: tuple[Rectangle, ...] = ()
-    blocks: Tensor | None = None
     table: Tensor | None = None
     ahead: Tensor | None = None
     _tiles: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
@@ -103,14 +100,11 @@ def plan_prefill(runs: Sequence[Run], device: torch.device, triton_path: bool) -
     """Lay out a batch's runs; made on the host, once a batch for all layers."""
     if not triton_path:
         return PrefillPlan(tuple(runs), tuple(_rectangles(runs, device)))
-    table: list[list[int]] = []
-    blocks: list[tuple[int, int]] = []
-    for number, run in enumerate(runs):
+    table = []
+    for run in runs:
         total = sum(length for _, length in run.segments)
         table.append([run.q_start, run.q_length, total - run.q_length, total, *_places(run)])
-        blocks += [(number, q) for q in range(0, run.q_length, BLOCK_Q)]
-    blocks = _most_keys_first(runs, blocks)
-    tables = [torch.tensor(x, dtype=torch.int32) for x in (blocks, table)]
+    tables = [torch.tensor(table, dtype=torch.int32)]
     if any(run.spans for run in runs):
         ahead = torch.zeros(max(r.q_start + r.q_length for r in runs), dtype=torch.int32)
         for run in runs:
@@ -120,20 +114,18 @@ def plan_prefill(runs: Sequence[Run], device: torch.device, triton_path: bool) -
 
 
 def _tiles(runs: Sequence[Run], group: int) -> list[tuple[int, int, int]]:
-    """As `PrefillPlan.tiles`. A run is packed where that saves an eighth of its tiles."""
+    """As `PrefillPlan.tiles`, most keys first, so that the grid's tail is short work.
+
+    A run is packed where that saves an eighth of its tiles.
+    """
     found: list[tuple[int, int, int]] = []
     together = BLOCK_Q // group
     for number, run in enumerate(runs):
         plain = [(number, q, i) for q in range(0, run.q_length, BLOCK_Q) for i in range(group)]
         packed = [(number, q, -1) for q in range(0, run.q_length, together or run.q_length)]
         found += packed if together and 8 * len(packed) <= 7 * len(plain) else plain
-    return _most_keys_first(runs, found)
-
-
-def _most_keys_first(runs: Sequence[Run], tiles: list[Tile]) -> list[Tile]:
-    """In the order in which the grid should take them: its tail is then short work."""
     earlier = [sum(length for _, length in run.segments) - run.q_length for run in runs]
-    return sorted(tiles, key=lambda tile: -(earlier[tile[0]] + tile[1]))
+    return sorted(found, key=lambda tile: -(earlier[tile[0]] + tile[1]))
 
 
 def _places(run: Run) -> list[int]:
@@ -157,7 +149,7 @@ def prefill_attention(
     With a `window` no query sees further back than `window` keys, its own among them; `softcap` c
     makes scores c·tanh(s / c).
     """
-    if plan.blocks is not None:
+    if plan.table is not None:
         return _prefill_triton(q, k, v, plan, scale, window, softcap)
     return prefill_attention_reference(q, k, v, plan, scale, window, softcap)
 

@@ -153,11 +153,11 @@ def _notes() -> list[str]:
 def _apart(row: Row) -> bool:
     """Whether vLLM had the same rows on such a card in another session."""
     theirs = (row.get("vllm") or {}).get("date", row["date"])
-    return _time_between(row["date"], theirs) >= ONE_SESSION
+    return abs(_time(row["date"]) - _time(theirs)) >= ONE_SESSION
 
 
-def _time_between(one: str, other: str) -> timedelta:
-    return abs(datetime.fromisoformat(one) - datetime.fromisoformat(other))
+def _time(date: str) -> datetime:
+    return datetime.fromisoformat(date)
 
 
 def _apart_note() -> str:
@@ -182,18 +182,13 @@ def _deterministic_notes() -> list[str]:
     kept = []
     for work in ("caption", "mixed"):
         row = latest("deterministic", work=work)
-        plain = [p for p in _fitting(f"{work}/labeller", model="random 7b") if _known(row, p)]
-        if row and plain:
-            beside = plain[-1]
-            share = row["rows_per_s"]["p50"] / beside["rows_per_s"]["p50"]
+        plain = _fitting(f"{work}/labeller", model="random 7b")
+        # NOTE: of its session or before; a later engine may be quicker.
+        known = [p for p in plain if row and _time(p["date"]) - ONE_SESSION <= _time(row["date"])]
+        if row and known:
+            share = row["rows_per_s"]["p50"] / known[-1]["rows_per_s"]["p50"]
             kept.append(f"{share:.0%} of the rate of {work}")
     return [f"`engine.deterministic: true` keeps {', '.join(kept)}."] if kept else []
-
-
-def _known(row: Row | None, plain: Row) -> bool:
-    """Whether `plain` had been measured when `row` was; a later engine may be quicker."""
-    known = datetime.fromisoformat(plain["date"]) - ONE_SESSION
-    return row is not None and known <= datetime.fromisoformat(row["date"])
 
 
 def _family_notes() -> list[str]:
